@@ -1,0 +1,1 @@
+"""Alignment of language models from human feedback: SFT, reward model, PPO."""
