@@ -1,0 +1,23 @@
+"""Models: folders in, folders out, and the modules that the trainers train.
+
+folder.py    looks a model folder over before transformers reads it, so that every problem has a plain message
+loading.py   load_tokenizer, load_causal_lm, load_scalar_model, save_model
+head.py      how a model turns hidden states into logits, and that product in fp32 on the wanted tokens only
+modules.py   PolicyModel, ScalarModel, SharedModel
+"""
+
+from .loading import check_vocabulary, load_causal_lm, load_scalar_model, load_tokenizer, save_model
+from .modules import PolicyModel, ScalarModel, SharedModel, set_gradient_checkpointing, supports_packing
+
+__all__ = [
+    "PolicyModel",
+    "ScalarModel",
+    "SharedModel",
+    "check_vocabulary",
+    "load_causal_lm",
+    "load_scalar_model",
+    "load_tokenizer",
+    "save_model",
+    "set_gradient_checkpointing",
+    "supports_packing",
+]

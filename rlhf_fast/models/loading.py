@@ -1,0 +1,262 @@
+"""Model folders in and out: safetensors only, nothing from the network, nothing initialised in silence."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from rlhf_fast.errors import ModelError
+
+from .folder import check_tokenizer_files, check_weights, existing_folder, read_config, some
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# float64 is for tests that compare gradients.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+VALUE_HEAD = "value_head.safetensors"
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, with a pad token: EOS where it has none, so that the vocabulary stays.
+
+    Raises ModelError: no such folder, no tokenizer in it, unreadable, no EOS token.
+    """
+    from transformers import AutoTokenizer
+
+    folder = existing_folder(path)
+    check_tokenizer_files(folder)
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # a broken file can raise anything
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{folder}: the tokenizer has no eos_token, so completions could never end. "
+            "Set eos_token in tokenizer_config.json to one of its tokens."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(path: str | Path, *, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model in a folder, on the CPU, in eval mode, all dropout 0.
+
+    Dropout is off for good, in the modules and in the config: PPO's ratio compares log-probs of two forwards, which
+    must be the same function. The model's generation_config keeps its token ids alone, so that no temperature or
+    penalty of the folder reaches sampling or is saved.
+
+    Raises ModelError for everything that is wrong with the folder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder, config = _load_config(path, trust_remote_code)
+    model, info = _from_pretrained(AutoModelForCausalLM, folder, config, dtype, trust_remote_code)
+    _check_keys(folder, model, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    _keep_token_ids_only(model)
+    return model
+
+
+def load_scalar_model(path: str | Path, *, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model with one number a token (value or reward), on the CPU, in eval mode, all dropout 0.
+
+    From a reward model's folder (AutoModelForSequenceClassification with one label), or from a causal language
+    model's: then the head is new, with weights from N(0, 1/(H+1)^2) by torch's generator, so that values start near 0.
+
+    Raises ModelError for everything that is wrong with the folder.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    folder, config = _load_config(path, trust_remote_code)
+    is_reward_model = any("ForSequenceClassification" in name for name in config.architectures or [])
+    if is_reward_model and config.num_labels != 1:
+        raise ModelError(
+            f"{folder}: a classifier with {config.num_labels} labels (id2label in config.json); a reward or value "
+            "model gives one number."
+        )
+    config.num_labels = 1
+    model, info = _from_pretrained(AutoModelForSequenceClassification, folder, config, dtype, trust_remote_code)
+    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    if not is_reward_model:
+        fresh = {name for name in missing if name.startswith("score.")}
+        missing -= fresh
+        unexpected = {name for name in unexpected if not name.startswith(("lm_head.", "embed_out."))}
+    _check_keys(folder, model, missing, unexpected, info["mismatched_keys"])
+    if not is_reward_model:
+        for name in fresh:
+            parameter = model.get_parameter(name)
+            nn.init.normal_(parameter, std=1 / (parameter.shape[-1] + 1)) if parameter.dim() > 1 else nn.init.zeros_(
+                parameter
+            )
+    return model
+
+
+def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Every id of the tokenizer has an embedding. Raises ModelError."""
+    inner: Any = unwrap(model)
+    rows = inner.get_input_embeddings().num_embeddings
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= rows:
+        raise ModelError(
+            f"{inner.config.name_or_path}: the tokenizer ({tokenizer.name_or_path}) has token ids up to {highest}, the "
+            f"model's embedding {rows} rows (ids 0 to {rows - 1}). Use the model's own tokenizer, or "
+            "resize_token_embeddings and save the model again."
+        )
+
+
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> None:
+    """Writes weights (safetensors, in their dtype), config and tokenizer with its chat template.
+
+    AutoModelForCausalLM or AutoModelForSequenceClassification and AutoTokenizer load it again. A SharedModel's value
+    head goes into value_head.safetensors beside them. Under ZeRO-3 call it with the weights gathered.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    inner: Any = unwrap(model)
+    scores = any("ForSequenceClassification" in name for name in [type(inner).__name__])
+    text_config = inner.config.get_text_config()
+    if scores and tokenizer is not None and text_config.pad_token_id is None:
+        text_config.pad_token_id = tokenizer.pad_token_id  # transformers scores no batch without it
+    with _quiet():
+        inner.save_pretrained(folder)
+    value_head = getattr(model, "value_head", None)
+    if value_head is not None:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in value_head.state_dict().items()}
+        save_file(tensors, folder / VALUE_HEAD)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside PolicyModel, ScalarModel or SharedModel; any other module as it is."""
+    from transformers import PreTrainedModel
+
+    inner = getattr(model, "model", None)
+    return inner if isinstance(inner, PreTrainedModel) and not isinstance(model, PreTrainedModel) else model
+
+
+def _load_config(path: str | Path, trust_remote_code: bool) -> tuple[Path, PreTrainedConfig]:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    folder = existing_folder(path)
+    raw = read_config(folder)
+    model_type = raw.get("model_type")
+    if model_type not in CONFIG_MAPPING and not (trust_remote_code and raw.get("auto_map")):
+        if raw.get("auto_map"):
+            raise ModelError(
+                f"{folder}: needs Python code of its own (auto_map in config.json). Read that code, then set "
+                "trust_remote_code=true to run it."
+            )
+        import transformers
+
+        raise ModelError(
+            f"{folder / 'config.json'}: model_type is {model_type!r}, which transformers {transformers.__version__} "
+            "does not know. A newer transformers may."
+        )
+    check_weights(folder)
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a wrong value can raise anything
+        raise ModelError(f"{folder / 'config.json'}: cannot be used: {_first_line(error)}") from error
+    _switch_off_noise(config)
+    return folder, config
+
+
+def _from_pretrained(
+    auto_class: Any, folder: Path, config: PreTrainedConfig, dtype: str, trust_remote_code: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r}: one of {', '.join(DTYPES)} was expected.")
+    try:
+        with _quiet():
+            model, info = auto_class.from_pretrained(
+                str(folder),
+                config=config,
+                dtype=DTYPES[dtype],
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,  # reported by _check_keys, with all the others
+                output_loading_info=True,
+            )
+    except Exception as error:  # unknown architectures, wrong sizes, missing packages
+        what = auto_class.__name__.removeprefix("AutoModelFor")
+        if "Unrecognized configuration class" in str(error):
+            raise ModelError(
+                f"{folder}: model_type {config.model_type!r} has no {what} form in transformers, "
+                f"so it cannot be used here (architectures: {config.architectures})."
+            ) from error
+        raise ModelError(f"{folder}: cannot be loaded as {what}: {_first_line(error)}") from error
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    return model.eval(), info
+
+
+def _switch_off_noise(config: PreTrainedConfig) -> None:
+    """Sets every dropout, layer drop and router jitter in the config, and the configs inside it, to 0."""
+    for name, value in list(vars(config).items()):
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            _switch_off_noise(value)
+        elif ("drop" in name or "jitter" in name) and isinstance(value, int | float) and not isinstance(value, bool):
+            setattr(config, name, 0.0)
+
+
+def _check_keys(folder: Path, model: nn.Module, missing: Any, unexpected: Any, mismatched: Any) -> None:
+    """transformers leaves tied weights and each model's known exceptions out of these lists already."""
+    problems = []
+    if missing:
+        problems.append(f"weights missing from the files: {some(sorted(missing))}")
+    if unexpected:
+        problems.append(f"weights that the model has no place for: {some(sorted(unexpected))}")
+    if mismatched:
+        shapes = [
+            f"{name} is {list(saved)}, the config says {list(wanted)}" for name, saved, wanted in sorted(mismatched)
+        ]
+        problems.append(f"wrong shapes: {some(shapes)}")
+    if problems:
+        raise ModelError(
+            f"{folder}: config.json describes a {type(model).__name__} that these weights do not fit. "
+            + "; ".join(problems)
+            + ". Do config.json and the weights come from the same model?"
+        )
+
+
+def _keep_token_ids_only(model: Any) -> None:
+    from transformers import GenerationConfig
+
+    old = model.generation_config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = GenerationConfig(**{name: getattr(old, name, None) for name in names})
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and warnings of transformers: what they would say is said in our own errors."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

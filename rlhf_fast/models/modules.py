@@ -1,0 +1,225 @@
+"""The modules that DeepSpeed wraps: a policy, a scalar model (value or reward), a policy with a value head.
+
+All take `input_ids` [b, L] int64, right-padded or packed, and flat indices of the N states wanted, so that the head
+runs on those alone. No attention mask is needed: attention is causal and padding comes after every wanted state, so
+no wanted state sees it. Packed rows give `position_ids` [b, L] that restart at 0 with each sequence; transformers reads
+the borders from them (see supports_packing).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_fast.errors import ModelError
+
+from .head import LMHead, ScalarHead, ValueHead, compute_dtype, name_of
+from .loading import VALUE_HEAD, unwrap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class PolicyModel(nn.Module):
+    """A causal language model that gives log-probs of wanted tokens.
+
+    Construction runs the model once on a few tokens and compares: the head found must give the model's own logits.
+    Raises ModelError if it does not, or if a state depends on later tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+        self.head = LMHead(model)
+        _check_head(model, self.head)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        ids: Tensor,
+        *,
+        temperature: float = 1.0,
+        position_ids: Tensor | None = None,
+        ops_backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [N] (fp32; fp64 for a fp64 model) of `ids` [N].
+
+        `rows`, `positions` [N]: the state that predicts each token, so positions is the token's own place minus one.
+        Both are of softmax(logits / temperature) over the whole vocabulary, entropy in nats.
+        """
+        hidden = _states(decoder_of(self.model), input_ids, rows, positions, position_ids)
+        return self.head(hidden, ids, temperature=temperature, ops_backend=ops_backend)
+
+
+class SharedModel(nn.Module):
+    """A policy with a value head on its trunk: one forward, one set of weights.
+
+    The head starts at zero, or as saved in `folder` (value_head.safetensors) if that is there.
+    """
+
+    def __init__(self, model: PreTrainedModel, folder: str | Path | None = None):
+        super().__init__()
+        self.model = model
+        self.head = LMHead(model)
+        _check_head(model, self.head)
+        weight = self.head.weight
+        self.value_head = ValueHead(weight.shape[1], dtype=compute_dtype(weight), device=weight.device)
+        if folder is not None and (Path(folder) / VALUE_HEAD).exists():
+            _load_value_head(self.value_head, Path(folder) / VALUE_HEAD)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        ids: Tensor,
+        *,
+        temperature: float = 1.0,
+        position_ids: Tensor | None = None,
+        ops_backend: str = "auto",
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """PolicyModel's log-probs and entropies [N], and the values [N] of the states before the tokens."""
+        hidden = _states(decoder_of(self.model), input_ids, rows, positions, position_ids)
+        logprobs, entropy = self.head(hidden, ids, temperature=temperature, ops_backend=ops_backend)
+        return logprobs, entropy, self.value_head(hidden)
+
+
+class ScalarModel(nn.Module):
+    """A model with a `score` layer: the value of a state, or the reward of the sequence up to it.
+
+    Construction compares it with the model's own answer. Raises ModelError if they differ (an encoder such as BERT
+    scores whole texts, not states).
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+        score: Any = getattr(model, "score", None)
+        if getattr(score, "weight", None) is None or score.weight.shape[0] != 1:
+            raise ModelError(
+                f"{name_of(model)}: {type(model).__name__} has no score layer with one output, so it gives no number "
+                "for each token. It can score whole texts as a reward, but it cannot be trained here."
+            )
+        self.head = ScalarHead(score)
+        _check_score(model, self.head)
+
+    def forward(self, input_ids: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """Values [N] (fp32; fp64 for a fp64 model) of the states at `rows`, `positions` [N] int64."""
+        return self.head(_states(self.model.base_model, input_ids, rows, positions, None))
+
+
+def set_gradient_checkpointing(model: nn.Module, on: bool) -> None:
+    """Recompute activations in the backward (layer by layer, non-reentrant), or stop it. Acts in train mode.
+
+    Takes a transformers model or one of the modules above. Raises ModelError if the architecture has no support.
+    """
+    inner: Any = unwrap(model)
+    if not on:
+        inner.gradient_checkpointing_disable()
+        return
+    try:
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(
+            f"{name_of(inner)}: {type(inner).__name__} has no gradient checkpointing; set gradient_checkpointing=false."
+        ) from error
+
+
+@torch.no_grad()
+def supports_packing(model: nn.Module) -> bool:
+    """Whether sequences packed into one row with restarting position_ids stay apart, tried on a few tokens."""
+    inner: Any = unwrap(model)
+    backbone = decoder_of(inner)
+    first, second = _probe_ids(inner, 6).split(3, dim=1)
+    positions = torch.arange(3, device=first.device).repeat(2)[None]
+    try:
+        packed = _hidden(backbone, torch.cat([first, second], dim=1), positions)[:, 3:]
+    except (TypeError, ValueError):  # takes no position_ids
+        return False
+    return _close(packed, _hidden(backbone, second))
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """The trunk of a causal language model: input ids -> last hidden states. The text part of a multimodal model."""
+    return model.get_decoder()
+
+
+def _states(
+    backbone: nn.Module, input_ids: Tensor, rows: Tensor, positions: Tensor, position_ids: Tensor | None
+) -> Tensor:
+    return _hidden(backbone, input_ids, position_ids)[rows, positions]
+
+
+def _hidden(backbone: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    packing = {} if position_ids is None else {"position_ids": position_ids}
+    return backbone(input_ids=input_ids, use_cache=False, **packing).last_hidden_state
+
+
+def _probe_ids(model: Any, count: int) -> Tensor:
+    """`count` different ids [1, count] from all over the vocabulary, without the pad id."""
+    embedding = model.get_input_embeddings().weight
+    step = max(embedding.shape[0] // (count + 2), 1)
+    ids = torch.arange(1, count + 2, device=embedding.device) * step % embedding.shape[0]
+    return ids[ids != (model.config.get_text_config().pad_token_id or -1)][None, :count]
+
+
+def _close(got: Tensor, wanted: Tensor) -> bool:
+    """Equal but for rounding, relative to the largest number. Many models round to fp32 inside, whatever the dtype."""
+    rounding = 1e-4 if wanted.dtype in (torch.float32, torch.float64) else 5e-2
+    got, wanted = got.double(), wanted.double()
+    return bool((got - wanted).abs().max() <= rounding * wanted.abs().max().clamp(min=1e-3))
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, head: LMHead) -> None:
+    if head.weight.device.type == "meta":
+        return  # sizes only
+    was_training = model.training
+    model.eval()
+    ids = _probe_ids(model, 8)
+    hidden = _hidden(decoder_of(model), ids)
+    same = _close(head.logits(hidden), model(input_ids=ids, use_cache=False).logits)
+    causal = _close(_hidden(decoder_of(model), ids[:, :4]), hidden[:, :4])
+    model.train(was_training)
+    if not same:
+        raise ModelError(
+            f"{name_of(model)}: {type(model).__name__} makes its logits in a way that is not known here (weight "
+            f"{list(head.weight.shape)}, bias {head.bias is not None}, scale {head.scale}, softcap {head.softcap} "
+            "do not give the model's own). Please report the model."
+        )
+    if not causal:
+        raise ModelError(
+            f"{name_of(model)}: {type(model).__name__} is not causal: a state changes with the tokens after it."
+        )
+
+
+@torch.no_grad()
+def _check_score(model: Any, head: ScalarHead) -> None:
+    if head.weight.device.type == "meta":
+        return
+    was_training = model.training
+    model.eval()
+    ids = _probe_ids(model, 8)
+    got = head(_hidden(model.base_model, ids)[:, -1])
+    same = _close(got, model(input_ids=ids).logits[:, 0])
+    model.train(was_training)
+    if not same:
+        raise ModelError(
+            f"{name_of(model)}: {type(model).__name__} is not a score layer on the last token's state, so it has no "
+            "value for each token. It can score whole texts as a reward, but it cannot be trained here."
+        )
+
+
+def _load_value_head(head: ValueHead, file: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        head.load_state_dict(load_file(file))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise ModelError(f"{file}: not a value head for this model: {str(error).splitlines()[0]}") from error
