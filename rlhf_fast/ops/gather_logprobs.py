@@ -1,0 +1,83 @@
+"""Log-probs of given ids and the entropy, from logits."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from rlhf_fast.ops import _checks, reference
+from rlhf_fast.ops._dispatch import REFERENCE_ONLY, Backend, choose_backend
+
+
+@overload
+def gather_logprobs(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    return_entropy: Literal[False] = False,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    backend: Backend = "auto",
+) -> Tensor: ...
+
+
+@overload
+def gather_logprobs(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    return_entropy: Literal[True],
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+def gather_logprobs(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-softmax of logits / temperature at ids, and the entropy -sum p log p of the same distribution, in nats.
+
+    Logits of -inf are tokens of probability 0: they add nothing to the entropy (0 * log 0 = 0) and get no gradient.
+
+    Args:
+        logits: [..., V], float64, float32, bfloat16 or float16; any strides.
+        ids: [...] int64 or int32.
+        temperature: above 0.
+        return_entropy: also the entropy.
+        ignore_index: ids equal to it give exactly 0 and no gradient, whatever the logits hold there.
+        inplace_backward: the backward pass may write the gradient over the logits, which spares a tensor of their
+            size. Only for logits that nothing else reads afterwards, in the backward pass included.
+        backend: see rlhf_fast.ops.
+
+    Returns:
+        logprobs [...], or (logprobs, entropy): float64 for float64 logits, else float32; both differentiable.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong shape or number, ids out of range on the CPU (on a GPU their
+        log-probs are NaN), a backend that there is not.
+    """
+    _checks.logits("gather_logprobs", logits)
+    _checks.ids("gather_logprobs", ids, logits.shape[:-1], "logits' without V", logits.device)
+    _checks.temperature("gather_logprobs", temperature)
+    unless = f"equal to ignore_index ({ignore_index})"
+    _checks.ids_in_range("gather_logprobs", ids, logits.shape[-1], ids != ignore_index, unless)
+    choose_backend("gather_logprobs", backend, REFERENCE_ONLY, logits.device)
+    return reference.gather_logprobs(
+        logits,
+        ids,
+        temperature=temperature,
+        return_entropy=return_entropy,
+        ignore_index=ignore_index,
+        inplace_backward=inplace_backward,
+    )
