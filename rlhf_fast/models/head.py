@@ -48,7 +48,7 @@ class LMHead(nn.Module):
             self.scale /= config.logits_scaling
 
     def forward(
-        self, hidden: Tensor, ids: Tensor, *, temperature: float = 1.0, ops_backend: str = "auto"
+        self, hidden: Tensor, ids: Tensor, *, temperature: float = 1.0, ops_backend: ops.Backend = "auto"
     ) -> tuple[Tensor, Tensor]:
         """hidden [N, H], ids [N] int64 -> log-probs [N] and entropies [N] of softmax(logits / temperature)."""
         hidden, weight, bias = self._cast(hidden)

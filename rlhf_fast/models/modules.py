@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.errors import ModelError
+from rlhf_fast.ops import Backend
 
 from .head import LMHead, ScalarHead, ValueHead, compute_dtype, name_of
 from .loading import VALUE_HEAD, unwrap
@@ -29,6 +30,8 @@ class PolicyModel(nn.Module):
     Construction runs the model once on a few tokens and compares: the head found must give the model's own logits.
     Raises ModelError if it does not, or if a state depends on later tokens.
     """
+
+    model: PreTrainedModel
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -45,7 +48,7 @@ class PolicyModel(nn.Module):
         *,
         temperature: float = 1.0,
         position_ids: Tensor | None = None,
-        ops_backend: str = "auto",
+        ops_backend: Backend = "auto",
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [N] (fp32; fp64 for a fp64 model) of `ids` [N].
 
@@ -61,6 +64,8 @@ class SharedModel(nn.Module):
 
     The head starts at zero, or as saved in `folder` (value_head.safetensors) if that is there.
     """
+
+    model: PreTrainedModel
 
     def __init__(self, model: PreTrainedModel, folder: str | Path | None = None):
         super().__init__()
@@ -81,7 +86,7 @@ class SharedModel(nn.Module):
         *,
         temperature: float = 1.0,
         position_ids: Tensor | None = None,
-        ops_backend: str = "auto",
+        ops_backend: Backend = "auto",
     ) -> tuple[Tensor, Tensor, Tensor]:
         """PolicyModel's log-probs and entropies [N], and the values [N] of the states before the tokens."""
         hidden = _states(decoder_of(self.model), input_ids, rows, positions, position_ids)
@@ -95,6 +100,8 @@ class ScalarModel(nn.Module):
     Construction compares it with the model's own answer. Raises ModelError if they differ (an encoder such as BERT
     scores whole texts, not states).
     """
+
+    model: PreTrainedModel
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
