@@ -1,0 +1,42 @@
+"""Data: files -> checked rows -> token ids -> batches. Formats: docs/data.md.
+
+load_rows reads and checks; ChatFormat tokenises; sft_dataset, preference_dataset and prompt_dataset make examples;
+EpochOrder, token_budget_batches, pad_right and pack make batches of them.
+"""
+
+from rlhf_fast.data.batching import pad_right, token_budget_batches
+from rlhf_fast.data.chat import ChatFormat
+from rlhf_fast.data.examples import (
+    Examples,
+    PreferenceExample,
+    PromptExample,
+    SFTExample,
+    preference_dataset,
+    prompt_dataset,
+    sft_dataset,
+)
+from rlhf_fast.data.order import EpochOrder
+from rlhf_fast.data.packing import PackedSequence, pack, supports_packing
+from rlhf_fast.data.rows import BadRow, Rows, load_rows
+from rlhf_fast.data.schema import RowError
+
+__all__ = [
+    "BadRow",
+    "ChatFormat",
+    "EpochOrder",
+    "Examples",
+    "PackedSequence",
+    "PreferenceExample",
+    "PromptExample",
+    "RowError",
+    "Rows",
+    "SFTExample",
+    "load_rows",
+    "pack",
+    "pad_right",
+    "preference_dataset",
+    "prompt_dataset",
+    "sft_dataset",
+    "supports_packing",
+    "token_budget_batches",
+]
