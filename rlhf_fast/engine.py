@@ -1,0 +1,328 @@
+"""One trained model on DeepSpeed: forward, backward over any number of micro-batches, step, save, resume.
+
+DeepSpeed averages gradients over ranks and may divide by accumulation steps. Both are undone here: losses arrive as
+sums divided by the global token count, and the gradient is their plain sum, whatever the split.
+
+Half precision keeps fp32 master weights, sums gradients in fp32 and sends them between ranks in fp32. DeepSpeed's
+unpartitioned optimizers for half precision sum in half precision, so zero_stage 0 runs as stage 1 there: the same
+update, less memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from rlhf_fast.config import TrainerConfig
+from rlhf_fast.distributed import (
+    World,
+    all_reduce_max,
+    all_reduce_sum,
+    any_rank,
+    barrier,
+    broadcast_object,
+    gather_objects,
+    init_distributed,
+)
+from rlhf_fast.errors import CheckpointError, ConfigError
+
+__all__ = [
+    "Engine",
+    "StepResult",
+    "World",
+    "all_reduce_max",
+    "all_reduce_sum",
+    "any_rank",
+    "barrier",
+    "broadcast_object",
+    "gather_objects",
+    "init_distributed",
+]
+
+TAG = "state"  # DeepSpeed's folder inside the one that save() is given
+LAYOUT = "engine.json"  # what the files in it belong to
+MAX_BUCKET = 200_000_000  # elements reduced or gathered at once
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did."""
+
+    grad_norm: float  # 2-norm of the whole gradient, before clipping; not finite if the step was skipped
+    skipped: bool  # a gradient was not finite: nothing changed on any rank (fp16: but the loss scale, halved)
+
+
+class Engine:
+    """A module with its optimizer and learning-rate schedule. The module is moved to the world's device and dtype.
+
+    Args:
+        module: its trainable parameters (requires_grad) are optimised with AdamW; biases and norms (fewer than two
+            dimensions) without weight decay.
+        config: dtype, zero_stage, offload_optimizer, max_grad_norm and the optimiser's fields.
+        world: from init_distributed().
+        total_steps: optimiser steps of the whole run, for the schedule. Warm-up takes floor(warmup_ratio * total).
+        learning_rate: instead of the config's.
+    Raises:
+        ConfigError: DeepSpeed is not installed, or the dtype or offloading cannot work here.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        config: TrainerConfig,
+        world: World,
+        total_steps: int,
+        learning_rate: float | None = None,
+    ) -> None:
+        if config.offload_optimizer and config.zero_stage == 0:
+            raise ConfigError("offload_optimizer: needs zero_stage 1, 2 or 3")
+        self._deepspeed = _import_deepspeed(world)
+        self._world = world
+        self._max_grad_norm = config.max_grad_norm
+        self._stage = max(config.zero_stage, 0 if config.dtype == "float32" else 1)
+        self._offloaded = config.offload_optimizer and world.device.type != "cpu"
+        self._layout = {"dtype": config.dtype, "zero_stage": self._stage, "world_size": world.world_size}
+        self._trained = [p for p in module.parameters() if p.requires_grad]
+        if not self._trained:
+            raise ConfigError("the model has no trainable parameter")
+        warmup = int(config.warmup_ratio * total_steps)
+        schedule = "constant_with_warmup" if config.lr_scheduler_type == "constant" else config.lr_scheduler_type
+        try:
+            # BF16_Optimizer prints its memory use, asked or not.
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._engine, *_ = self._deepspeed.initialize(
+                    model=module,
+                    optimizer=self._optimizer(config, config.learning_rate if learning_rate is None else learning_rate),
+                    lr_scheduler=lambda optimizer: get_scheduler(schedule, optimizer, warmup, total_steps),
+                    config=self._deepspeed_config(config),
+                )
+        except ValueError as error:
+            if "not supported on your device" not in str(error):
+                raise
+            raise ConfigError(
+                f"dtype: {config.dtype} does not train on this {world.device.type}; use float32"
+            ) from None
+        self._scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        if self._scaler is not None and self._scaler.dynamic:
+            self._scaler.raise_error_at_min_scale = False  # skipped steps are counted by who calls step()
+        self._norm: torch.Tensor | None = None  # of the gradient gathered so far, once somebody asked
+        if self._stage == 0:
+            # Without this, float64 gradients (tests) would be rounded to fp32 on their way between ranks.
+            self._engine.communication_data_type = self._trained[0].dtype
+            self._engine.enable_backward_allreduce = world.world_size > 1
+
+    def _optimizer(self, config: TrainerConfig, learning_rate: float) -> torch.optim.Optimizer:
+        groups = [
+            {"params": [p for p in self._trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in self._trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        settings: dict[str, Any] = {
+            "lr": learning_rate,
+            "betas": (config.adam_beta1, config.adam_beta2),
+            "eps": config.adam_epsilon,
+        }
+        groups = [group for group in groups if group["params"]]
+        if self._world.device.type == "cpu":
+            return torch.optim.AdamW(groups, **settings)
+        adam = self._deepspeed.ops.adam
+        if self._offloaded:
+            return adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+        return adam.FusedAdam(groups, adam_w_mode=True, **settings)
+
+    def _deepspeed_config(self, config: TrainerConfig) -> dict[str, Any]:
+        bucket = 2 * math.ceil(min(sum(p.numel() for p in self._trained), MAX_BUCKET) / 2)
+        zero: dict[str, Any] = {"stage": self._stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+        if self._offloaded:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "steps_per_print": sys.maxsize,
+            "timers": {"throughput": {"enabled": False}},  # it would synchronise the GPU at every forward
+            "gradient_clipping": config.max_grad_norm if self._stage else 0.0,  # stage 0: step() clips
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "communication_data_type": "fp32",
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "bf16": {"enabled": config.dtype == "bfloat16", "check_grad_overflow": True},
+            "fp16": {
+                "enabled": config.dtype == "float16",
+                "initial_scale_power": 12,  # a mean loss needs no more, and 16 would begin with dropped batches
+                "hysteresis": 1,
+            },
+        }
+
+    @property
+    def module(self) -> nn.Module:
+        """The module itself, weights in place: what it computes is what the engine trains."""
+        return self._engine.module
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate that the next step will use."""
+        return float(self._engine.optimizer.param_groups[0]["lr"])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward; every forward that is trained on must come through here."""
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add this micro-batch's gradient.
+
+        Args:
+            loss: scalar; a sum over this micro-batch's tokens divided by the step's token count over all ranks.
+            last: True for the step's last micro-batch on this rank. All ranks pass as many micro-batches.
+        """
+        self._norm = None
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self._world.world_size, scale_wrt_gas=False)
+
+    def gradients_are_finite(self) -> bool:
+        """Whether step() would update; the same answer on every rank. After the step's last micro-batch.
+
+        For engines that must move together or not at all: ask all, then step() all or zero_grad() all.
+        """
+        finite = bool(torch.isfinite(self._gradient_norm()))
+        if not finite and self._scaler is not None and self._scaler.dynamic:
+            # step() would halve the loss scale, but it will not be called.
+            self._scaler.cur_scale = max(self._scaler.cur_scale / 2, self._scaler.min_scale)
+        return finite
+
+    def step(self) -> StepResult:
+        """Clip, update the weights, advance the schedule, clear the gradients.
+
+        If any rank's gradient is not finite, no rank changes weights, optimiser state or schedule.
+        """
+        if self._stage == 0:
+            # DeepSpeed looks for NaN, reports the norm and clips by it in its own optimizers; torch's AdamW is bare.
+            norm = self._gradient_norm()
+            if not torch.isfinite(norm):
+                self.zero_grad()
+                return StepResult(float(norm), skipped=True)
+            if self._max_grad_norm > 0:
+                nn.utils.clip_grads_with_norm_(self._trained, self._max_grad_norm, norm)
+        self._engine.step()
+        self._norm = None
+        if self._stage == 0:
+            return StepResult(float(norm), skipped=False)
+        return StepResult(float(self._engine.get_global_grad_norm()), skipped=bool(self._engine.optimizer.overflow))
+
+    def zero_grad(self) -> None:
+        """Forget the gradients gathered since the last step."""
+        self._norm = None
+        self._engine.zero_grad()
+        if self._stage == 0:
+            return
+        optimizer = self._engine.optimizer
+        optimizer.zero_grad()
+        for name in ("averaged_gradients", "all_grad_tensors"):  # ZeRO's own store, which its zero_grad leaves alone
+            store = getattr(optimizer, name, {})
+            store.update(dict.fromkeys(store))
+        if self._offloaded:
+            optimizer.reset_cpu_buffers()
+            optimizer.micro_step_id = 0 if self._stage == 3 else -1  # the next micro-batch overwrites
+
+    def _gradient_norm(self) -> torch.Tensor:
+        """2-norm of the whole gradient over all ranks, without the loss scale. Needs every rank."""
+        if self._norm is None:
+            gradients, shared_out = self._gradients()
+            norm = nn.utils.get_total_norm(gradients).to(self._world.device)
+            if shared_out:
+                norm = all_reduce_sum(norm**2, self._world) ** 0.5
+            self._norm = norm / float(getattr(self._engine.optimizer, "cur_scale", 1.0))
+        return self._norm
+
+    def _gradients(self) -> tuple[list[torch.Tensor], bool]:
+        """What this rank holds of the summed gradient before step(), and whether the other ranks hold the rest."""
+        optimizer = self._engine.optimizer
+        if self._stage == 0:
+            return [p.grad for p in self._trained if p.grad is not None], False
+        if hasattr(optimizer, "fp32_groups_gradients_flat"):  # BF16_Optimizer
+            return optimizer.fp32_groups_gradients_flat, False
+        if self._offloaded:
+            parts = (
+                optimizer.fp32_partitioned_groups_flat
+                if self._stage == 3
+                else optimizer.single_partition_of_fp32_groups
+            )
+            return [part.grad for part in parts], True
+        return [gradient for group in optimizer.averaged_gradients.values() for gradient in group], True
+
+    def save(self, folder: Path) -> None:
+        """Write weights, optimiser, schedule and loss scale under `folder`. Every rank calls it."""
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        if self._world.is_main:
+            for script in ("zero_to_fp32.py", "zero_to_torch.py"):  # DeepSpeed adds them; load() needs none
+                (folder / script).unlink(missing_ok=True)
+            (folder / LAYOUT).write_text(json.dumps(self._layout, indent=1) + "\n", encoding="utf-8")
+        barrier(self._world)
+
+    def load(self, folder: Path) -> None:
+        """Continue where save() was called: the same bits. Every rank calls it.
+
+        DeepSpeed's files are pickles: load only folders whose hashes rlhf_fast.checkpoint has verified.
+
+        Raises:
+            CheckpointError: nothing there, or it belongs to another dtype, ZeRO stage or number of ranks.
+        """
+        try:
+            layout = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder}: no saved engine ({error})") from None
+        for field, mine in self._layout.items():
+            if layout.get(field) != mine:
+                raise CheckpointError(
+                    f"{folder}: was saved with {field} {layout.get(field)}, this run has {mine}; resume with the same"
+                )
+        with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints
+            path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        if path is None:
+            raise CheckpointError(f"{folder}: DeepSpeed found no checkpoint in it")
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside, the module holds whole weights (to generate or to export), also under ZeRO-3. Read them only."""
+        if self._stage < 3:
+            yield
+            return
+        with self._deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+            yield
+
+
+def _import_deepspeed(world: World) -> ModuleType:
+    """DeepSpeed, told which device we use and joined to our process group; it compiles nothing here."""
+    if world.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed insists on it
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(
+            f"training needs DeepSpeed, which cannot be imported ({error}); pip install deepspeed"
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Newer torch has renamed collectives that DeepSpeed calls by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if world.device.type == "cpu":
+        # Joining would compile a shared-memory all-reduce (half a minute); gloo does its work.
+        deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed(
+        dist_backend="gloo" if world.device.type == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False
+    )
+    return deepspeed
