@@ -1,0 +1,284 @@
+"""Generator: prompts in, completions or a rollout out, whatever decodes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_fast.ops import Backend
+
+from . import transformers_backend
+from .params import Completion, FinishReason, SamplingParams
+from .rollout import Rollout
+from .sampler import Sampler
+from .stop_strings import StopStrings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class GeneratorStats:
+    """Counts since the generator was made."""
+
+    backend: str  # what decodes
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    seconds: float = 0.0  # prefill included
+    peak_cache_bytes: int = 0  # keys and values of the largest batch, worked out from the model's config
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.generated_tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class _Results:
+    """Filled batch by batch, in the order of the input."""
+
+    tokens: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    sampled_logprobs: Tensor
+    finish_reasons: list[FinishReason]
+    texts: list[str | None]
+
+
+class Generator:
+    """Completes prompts with a causal language model, whose parameters are used in place.
+
+    `model`: a transformers model, or a PolicyModel or SharedModel around one, on any device, also while DeepSpeed
+    trains it; it is put in eval mode for each call. After an optimiser step the next call sees the new weights.
+    `tokenizer`: needed for prompts given as text, for texts of completions and for stop strings.
+
+    EOS is the tokenizer's and the ones in the model's generation_config; nothing else of that config is used.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        backend: Literal["auto", "transformers"] = "auto",
+        max_batch_size: int = 64,
+        ops_backend: Backend = "auto",
+    ):
+        if backend not in ("auto", "transformers"):
+            raise ValueError(f"backend: 'auto' or 'transformers' was expected, got {backend!r}")
+        if max_batch_size < 1:
+            raise ValueError(f"max_batch_size: must be at least 1, got {max_batch_size}")
+        inner: Any = model if hasattr(model, "generate") else getattr(model, "model", None)
+        if not hasattr(inner, "generate"):
+            raise TypeError(f"model: a causal language model was expected, got {type(model).__name__}")
+        self.model, self.tokenizer = inner, tokenizer
+        self.max_batch_size, self.ops_backend = max_batch_size, ops_backend
+        self.stats = GeneratorStats("transformers")
+        self._abort = threading.Event()
+        self._busy = threading.Lock()
+
+    def generate(self, prompts: Sequence[str] | Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
+        """params.n completions for each prompt (text or token ids), in the prompts' order.
+
+        Raises ValueError: an empty prompt, ids out of range, no room in the model's context, text or stop strings
+        without a tokenizer. NonFiniteError: NaN logits.
+        """
+        prompt_ids = [self._encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        results = self._run(prompt_ids, params, None)
+        stop_ids = set(self._stop_ids(params))
+        completions = []
+        for row, reason in enumerate(results.finish_reasons):
+            length = int(results.mask[row].sum())
+            tokens = results.tokens[row, :length].tolist()
+            text = results.texts[row]
+            if text is None:
+                spoken = tokens[:-1] if reason == "stop" and tokens[-1] in stop_ids else tokens
+                text = self.tokenizer.decode(spoken, skip_special_tokens=True) if self.tokenizer else ""
+            completions.append(
+                Completion(
+                    prompt_ids[row // params.n],
+                    tokens,
+                    text,
+                    results.logprobs[row, :length].tolist(),
+                    results.sampled_logprobs[row, :length].tolist(),
+                    reason,
+                )
+            )
+        return completions
+
+    def rollout(
+        self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seeds: Sequence[int] | None = None
+    ) -> Rollout:
+        """params.n completions a prompt as tensors on the model's device. Row i*n + j is sample j of prompt i.
+
+        `seeds`: one a prompt, instead of params.seed. Raises as `generate` does.
+        """
+        prompts = [list(prompt) for prompt in prompt_ids]
+        results = self._run(prompts, params, seeds)
+        return Rollout(
+            [prompt for prompt in prompts for _ in range(params.n)],
+            results.tokens,
+            results.mask,
+            results.logprobs,
+            results.sampled_logprobs,
+            results.finish_reasons,
+        )
+
+    def abort(self) -> None:
+        """Ends the call that is running in another thread after its current step.
+
+        Its unfinished completions keep their tokens so far and say "abort". Without a running call it does nothing.
+        """
+        self._abort.set()
+
+    def release_cache(self) -> None:
+        """Gives cached memory back before training. The key-value cache itself ends with each call."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _run(self, prompts: list[list[int]], params: SamplingParams, seeds: Sequence[int] | None) -> _Results:
+        limits = [self._limit(i, prompt, params) for i, prompt in enumerate(prompts)]
+        seeds = self._seeds(len(prompts), params, seeds)
+        stop_ids = torch.tensor(self._stop_ids(params), dtype=torch.int64, device=self.model.device)
+        stop = self._watched(params)
+        rows = [(i, j) for i in range(len(prompts)) for j in range(params.n)]
+        with self._busy:
+            self._abort.clear()
+            started = time.perf_counter()
+            results = self._empty(len(rows))
+            for batch in self._batches([limits[i] for i, _ in rows], [len(prompts[i]) for i, _ in rows]):
+                chosen = [rows[row] for row in batch]
+                batch_prompts = [prompts[i] for i, _ in chosen]
+                sampler = Sampler(
+                    params,
+                    batch_prompts,
+                    [seeds[i] for i, _ in chosen],
+                    [j for _, j in chosen],
+                    stop_ids,
+                    ops_backend=self.ops_backend,
+                )
+                decoded = transformers_backend.decode(
+                    self.model,
+                    batch_prompts,
+                    sampler,
+                    limit=limits[chosen[0][0]],
+                    stop_ids=stop_ids,
+                    watchers=[StopStrings(self.tokenizer, stop, params.min_tokens) for _ in batch] if stop else None,
+                    abort=self._abort,
+                )
+                _put(results, batch, decoded)
+                self._count(batch_prompts, decoded.mask)
+                if self._abort.is_set():
+                    break
+            self.stats.seconds += time.perf_counter() - started
+        return results
+
+    def _limit(self, index: int, prompt: list[int], params: SamplingParams) -> int:
+        """How many tokens the prompt may get: max_tokens, less where the model's context ends."""
+        if not prompt:
+            raise ValueError(f"prompt {index} is empty; a completion needs at least one token to start from")
+        size = self.model.get_input_embeddings().weight.shape[0]
+        wrong = next((token for token in prompt if not 0 <= token < size), None)
+        if wrong is not None:
+            raise ValueError(f"prompt {index}: token id {wrong} is out of range; the model has ids 0 to {size - 1}")
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        room = params.max_tokens if context is None else context - len(prompt)
+        if room < 1:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens; the model's context holds {context}, which leaves no room "
+                "for a completion. Shorten the prompt"
+            )
+        return min(params.max_tokens, room)
+
+    def _batches(self, limits: list[int], lengths: list[int]) -> list[list[int]]:
+        """Rows decoded together: of like length, so that padding is small, and with one limit, so that no row runs past
+        the model's context while it waits for the others."""
+        order = sorted(range(len(limits)), key=lambda row: (-limits[row], lengths[row]))
+        batches: list[list[int]] = []
+        for row in order:
+            last = batches[-1] if batches else []
+            if not last or len(last) == self.max_batch_size or limits[last[0]] != limits[row]:
+                batches.append([row])
+            else:
+                last.append(row)
+        return batches
+
+    def _seeds(self, count: int, params: SamplingParams, seeds: Sequence[int] | None) -> list[int]:
+        if seeds is not None:
+            if len(seeds) != count:
+                raise ValueError(f"seeds: one a prompt was expected ({count}), got {len(seeds)}")
+            return list(seeds)
+        if params.seed is not None:
+            return [params.seed] * count
+        return torch.randint(2**63 - 1, (count,)).tolist()
+
+    def _stop_ids(self, params: SamplingParams) -> list[int]:
+        """Tokens that end a completion: EOS, params.stop_token_ids, and stop strings that are special tokens."""
+        ids = set(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            eos = self.model.generation_config.eos_token_id
+            ids.update([eos] if isinstance(eos, int) else eos or [])
+            if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+                ids.add(self.tokenizer.eos_token_id)
+        ids.update(self._special(params).values())
+        size = self.model.get_input_embeddings().weight.shape[0]
+        return sorted(token for token in ids if token < size)
+
+    def _special(self, params: SamplingParams) -> dict[str, int]:
+        """Stop strings that are special tokens: the text leaves those out, so they are watched for by id."""
+        if not params.stop_strings or self.tokenizer is None:
+            return {}
+        special = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
+        return {text: special[text] for text in params.stop_strings if text in special}
+
+    def _watched(self, params: SamplingParams) -> list[str]:
+        if params.stop_strings and self.tokenizer is None:
+            raise ValueError("stop: stop strings need a tokenizer; give Generator one, or use stop_token_ids")
+        special = self._special(params)
+        return [text for text in params.stop_strings if text not in special]
+
+    def _encode(self, prompt: str) -> list[int]:
+        if self.tokenizer is None:
+            raise ValueError("prompts given as text need a tokenizer; give Generator one, or give token ids")
+        return self.tokenizer(prompt)["input_ids"]
+
+    def _empty(self, rows: int) -> _Results:
+        """No tokens anywhere: what an aborted call leaves of the rows that it did not reach."""
+        device = self.model.device
+        return _Results(
+            torch.zeros(rows, 0, dtype=torch.int64, device=device),
+            torch.zeros(rows, 0, dtype=torch.bool, device=device),
+            torch.zeros(rows, 0, device=device),
+            torch.zeros(rows, 0, device=device),
+            ["abort"] * rows,
+            [None] * rows,
+        )
+
+    def _count(self, prompts: list[list[int]], mask: Tensor) -> None:
+        stats, config = self.stats, self.model.config.get_text_config()
+        stats.prompt_tokens += sum(map(len, prompts))
+        stats.generated_tokens += int(mask.sum())
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token_bytes = 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
+        cached = len(prompts) * (max(map(len, prompts)) + mask.shape[1])
+        stats.peak_cache_bytes = max(stats.peak_cache_bytes, cached * token_bytes)
+
+
+def _put(results: _Results, batch: list[int], decoded: transformers_backend.Decoded) -> None:
+    """Writes a batch's rows to their places, widening the tensors as needed."""
+    width = decoded.mask.shape[1]
+    rows = torch.tensor(batch, device=decoded.mask.device)
+    for name in ("tokens", "mask", "logprobs", "sampled_logprobs"):
+        whole = getattr(results, name)
+        if whole.shape[1] < width:
+            whole = nn.functional.pad(whole, (0, width - whole.shape[1]))
+            setattr(results, name, whole)
+        whole[rows, :width] = getattr(decoded, name)
+    for row, reason, text in zip(batch, decoded.finish_reasons, decoded.texts, strict=True):
+        results.finish_reasons[row], results.texts[row] = reason, text
