@@ -104,7 +104,9 @@ def ppo_loss(
         advantages,
         mask,
         entropy=entropy,
-        **value_arguments,
+        values=values,
+        old_values=old_values,
+        returns=returns,
         cliprange_value=cliprange_value,
         **policy,
     )
