@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.ops.op_cases import Normals, assert_zero_outside, close, masks, poison, seeds
 from torch import Tensor
 
 from rlhf_fast import ops
+from tests.ops.op_cases import Normals, assert_zero_outside, close, masks, poison, seeds
 
 
 def by_definition(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, last: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.ops.op_cases import Normals, assert_zero_outside, close, masks, poison, seeds
 from torch import Tensor
 
 from rlhf_fast import ops
+from tests.ops.op_cases import Normals, assert_zero_outside, close, masks, poison, seeds
 
 
 def by_definition(x: Tensor, mask: Tensor, shift_mean: bool, eps: float) -> Tensor:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.ops.op_cases import Normals, assert_zero_outside, close, masks, poison, seeds
 from torch import Tensor
 
 from rlhf_fast import ops
 from rlhf_fast.ops.shaped_gae import _warn_biased
+from tests.ops.op_cases import Normals, assert_zero_outside, close, masks, poison, seeds
 
 KL = {"k1": lambda d: d, "k2": lambda d: d * d / 2, "k3": lambda d: math.exp(-d) - 1 + d}
 
