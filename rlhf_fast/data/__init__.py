@@ -16,7 +16,7 @@ from rlhf_fast.data.examples import (
     sft_dataset,
 )
 from rlhf_fast.data.order import EpochOrder
-from rlhf_fast.data.packing import PackedSequence, pack, supports_packing
+from rlhf_fast.data.packing import PackedSequence, pack
 from rlhf_fast.data.rows import BadRow, Rows, load_rows
 from rlhf_fast.data.schema import RowError
 
@@ -37,6 +37,5 @@ __all__ = [
     "preference_dataset",
     "prompt_dataset",
     "sft_dataset",
-    "supports_packing",
     "token_budget_batches",
 ]

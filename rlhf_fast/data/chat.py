@@ -28,8 +28,8 @@ class ChatFormat:
     Without a template only plain strings can be encoded: BOS if the tokenizer adds one, prompt, completion, EOS. With
     a template, a plain string is one user message or one assistant message.
 
-    Raises ConfigError for a template that is missing or does not render, a system prompt that cannot be put anywhere,
-    and a tokenizer without an EOS token.
+    Raises ConfigError for a template that is missing or does not render and a system prompt that cannot be put
+    anywhere; encoding a completion raises it for a tokenizer that has no token to end it with.
     """
 
     def __init__(
@@ -39,8 +39,6 @@ class ChatFormat:
         system_prompt: str | None = None,
         chat_template: str | None = None,
     ) -> None:
-        if tokenizer.eos_token_id is None:
-            raise ConfigError("the tokenizer has no EOS token, so a completion could not end; set its eos_token")
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         self._template_name = "the tokenizer's own chat template"
@@ -55,12 +53,12 @@ class ChatFormat:
         self._begin_ids = self._added_at_begin()
         self._pads_front = self._ids("\na") != self._ids("\n") + self._ids("a")
         #: The token that ends an assistant's turn: EOS, or the template's own marker (Gemma: <end_of_turn>).
-        self.end_token_id: int = self._find_end_token() if self.has_template else tokenizer.eos_token_id
+        self.end_token_id: int | None = self._find_end_token() if self.has_template else tokenizer.eos_token_id
 
     @property
     def stop_token_ids(self) -> list[int]:
         """Tokens at which a rollout must stop: the end of a turn, and EOS if that is another one."""
-        return sorted({self.end_token_id, self.tokenizer.eos_token_id})
+        return sorted({i for i in (self.end_token_id, self.tokenizer.eos_token_id) if i is not None})
 
     def encode_prompt(self, prompt: Text) -> list[int]:
         """Ids that the policy continues. A list of messages ends with the template's opening of the assistant's turn.
@@ -87,7 +85,7 @@ class ChatFormat:
         prompt_ids, text = self.encode_prompt(prompt), self._plain(completion)
         # The beginning of a text and its continuation differ for tokenizers that put a space in front.
         ids = self._continuation_ids(text) if prompt else self._ids(text)
-        return prompt_ids, ids if ids[-1:] == [self.end_token_id] else [*ids, self.end_token_id]
+        return prompt_ids, self._ended(ids)
 
     def encode_messages(self, messages: Messages, *, train_from: int = 0) -> tuple[list[int], list[bool]]:
         """(ids, mask) of a conversation up to its last assistant turn, [L] each.
@@ -110,9 +108,7 @@ class ChatFormat:
             turn_ids = self._continuation_ids(turn) if ids or before_ids else self._ids(turn)
             said = self._said(turn_ids)
             if i == len(pieces) - 1:
-                turn_ids = turn_ids[:said]
-                if turn_ids[-1:] != [self.end_token_id]:
-                    turn_ids.append(self.end_token_id)
+                turn_ids = self._ended(turn_ids[:said])
                 said = len(turn_ids)
             ids += before_ids + turn_ids
             mask += [False] * len(before_ids) + [True] * said + [False] * (len(turn_ids) - said)
@@ -150,7 +146,7 @@ class ChatFormat:
                 f"that holds one: {error}"
             ) from error
 
-    def _find_end_token(self) -> int:
+    def _find_end_token(self) -> int | None:
         """Render one exchange, which also tells early whether the template works; look what follows the reply."""
         try:
             text = self._render([*as_messages("Question", "user"), *as_messages(_PROBE_REPLY, "assistant")])
@@ -162,7 +158,7 @@ class ChatFormat:
         if position < 0:
             raise ConfigError(f"{self._template_name} does not write what the assistant says")
         tail = self._ids(text[position + len(_PROBE_REPLY) :])
-        eos = int(self.tokenizer.eos_token_id)
+        eos: int | None = self.tokenizer.eos_token_id
         if eos in tail:
             return eos
         special = set(self.tokenizer.all_special_ids)
@@ -225,14 +221,17 @@ class ChatFormat:
 
     # Tokens
 
+    def _ended(self, ids: list[int]) -> list[int]:
+        if self.end_token_id is None:
+            raise ConfigError("the tokenizer has no EOS token, so a completion could not end; set its eos_token")
+        return ids if ids[-1:] == [self.end_token_id] else [*ids, self.end_token_id]
+
     def _plain(self, text: Text) -> str:
         return text if isinstance(text, str) else self._render(text)
 
     def _ids(self, text: str) -> list[int]:
         """Ids of a text at its beginning, nothing added. verbose=False: we look at lengths ourselves."""
-        return list(
-            self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
-        )
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def _continuation_ids(self, text: str) -> list[int]:
         """Ids of a text that follows another. Tokenizers that put a space in front of a text must not do so here."""

@@ -13,7 +13,7 @@ from rlhf_fast.data.schema import RowError, Text, as_messages
 
 @dataclass(frozen=True)
 class SFTExample:
-    """input_ids and loss_mask, [L] each. The mask is True on tokens to learn; the first is never, nothing precedes it."""
+    """input_ids and loss_mask, [L] each. The mask is True on tokens to learn, never the first: nothing precedes it."""
 
     input_ids: list[int]
     loss_mask: list[bool]
@@ -40,7 +40,7 @@ class PromptExample:
     columns: dict[str, Any]
 
 
-Example = TypeVar("Example", SFTExample, PreferenceExample, PromptExample)
+Example = TypeVar("Example", bound=SFTExample | PreferenceExample | PromptExample)
 
 
 class Examples(list[Example], Generic[Example]):
@@ -98,11 +98,10 @@ def preference_dataset(rows: Rows, chat: ChatFormat, *, max_length: int) -> Exam
         sides: dict[str, list[int]] = {}
         for name in ("chosen", "rejected"):
             prompt_ids, ids = chat.encode_completion(row["prompt"], row[name])
+            length = len(prompt_ids) + len(ids)
+            if length > max_length:
+                raise RowError(name, _too_long("prompt and completion have", length, "max_length", max_length))
             sides[name] = prompt_ids + ids
-            if len(sides[name]) > max_length:
-                raise RowError(
-                    name, _too_long("prompt and completion have", len(sides[name]), "max_length", max_length)
-                )
         return PreferenceExample(sides["chosen"], sides["rejected"], row["margin"])
 
     return _examples(rows, example)

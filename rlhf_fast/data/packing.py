@@ -3,16 +3,14 @@
 What keeps them apart is `position_ids`, which restart at 0 with each example: transformers (masking_utils,
 find_packed_sequence_indices) then makes the causal mask block-diagonal, on two conditions. There must be no attention
 mask and no cache: `model(input_ids, position_ids=..., use_cache=False)`; with a cache, the default of most models, it
-silently attends across examples. And the model must pass position_ids to its mask, which not all do (OPT does not):
-ask `supports_packing`.
+silently attends across examples. And the model must pass position_ids on to its mask, which not all do (OPT does not):
+`rlhf_fast.models.supports_packing` tries it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
 
 from rlhf_fast.data.examples import SFTExample
 
@@ -78,26 +76,3 @@ class _Bins:
             node //= 2
             self.room[node] = max(self.room[2 * node], self.room[2 * node + 1])
         return place
-
-
-@torch.no_grad()
-def supports_packing(model: torch.nn.Module) -> bool:
-    """Whether packed examples stay apart in this model: runs it on two short ones, packed and alone.
-
-    model: a causal language model of transformers (its config gives the vocabulary), whole on one device.
-    """
-    device = next(model.parameters()).device
-    vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
-    ids = torch.arange(10, device=device).remainder(vocabulary).unsqueeze(0)
-    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]], device=device)
-    was_training = model.training
-    model.eval()
-    try:
-        packed = model(ids, position_ids=positions, use_cache=False).logits[0, 6:].float()
-        alone = model(ids[:, 6:], use_cache=False).logits[0].float()
-    except TypeError:  # a model without position_ids
-        return False
-    finally:
-        model.train(was_training)
-    # Rounding is far below this in any dtype; the other example's tokens in view are far above.
-    return bool((packed - alone).abs().max() <= 0.02 * alone.abs().max())

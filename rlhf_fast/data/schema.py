@@ -68,21 +68,18 @@ def _sft(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _preference(record: dict[str, Any]) -> dict[str, Any]:
-    chosen, rejected = (_reply(record, name) for name in ("chosen", "rejected"))
+    chosen, rejected = _reply(record, "chosen"), _reply(record, "rejected")
     if chosen == rejected:
         raise RowError("rejected", "the same as 'chosen', so there is no preference")
-    whole = [isinstance(reply, list) and reply[0]["role"] != "assistant" for reply in (chosen, rejected)]
-    if all(whole):
+    if isinstance(chosen, list) and isinstance(rejected, list) and chosen[0]["role"] != "assistant":
         if isinstance(record.get("prompt"), list):
             raise RowError("prompt", "'chosen' and 'rejected' are whole conversations already; leave 'prompt' out")
-        prompt, chosen, rejected = _split_conversations(chosen, rejected)
+        row = _split_conversations(chosen, rejected)
     else:
         if record.get("prompt") is None:
             raise _missing(record, "prompt", "only whole conversations, from their first turn on, can do without")
-        prompt = _prompt(record)
-        for name, reply in (("chosen", chosen), ("rejected", rejected)):
-            _must_answer(reply, name)
-    row = _pair(prompt, {"chosen": chosen, "rejected": rejected})
+        replies = {"chosen": _must_answer(chosen, "chosen"), "rejected": _must_answer(rejected, "rejected")}
+        row = _pair(_prompt(record), replies)
     row["margin"] = _margin(record.get("margin"))
     return row
 
@@ -142,8 +139,8 @@ def as_messages(text: Text, role: str) -> Messages:
     return [{"role": role, "content": text}] if isinstance(text, str) else text
 
 
-def _split_conversations(chosen: Any, rejected: Any) -> tuple[Messages, Messages, Messages]:
-    """(prompt, chosen, rejected) of two conversations that begin alike: the prompt is what they share."""
+def _split_conversations(chosen: Messages, rejected: Messages) -> dict[str, Any]:
+    """prompt, chosen and rejected of two conversations that begin alike: the prompt is what they share."""
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
@@ -157,7 +154,7 @@ def _split_conversations(chosen: Any, rejected: Any) -> tuple[Messages, Messages
             raise RowError(name, "must part from the other conversation at an assistant turn, and end with one")
     if prompt[-1]["role"] == "assistant":
         raise RowError("chosen", "parts from 'rejected' after an assistant turn, so there is no prompt to answer")
-    return prompt, chosen, rejected
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def _messages(value: Any, field: str, or_string: bool = False) -> Messages:
