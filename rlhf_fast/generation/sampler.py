@@ -41,7 +41,7 @@ class Sampler:
         self._seen: Tensor | None = None  # [B, V] bool: in the prompt or drawn already
 
     def __call__(self, logits: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        """logits [B, V] fp32 -> tokens [B] int64; their log-probs [B] in the full distribution, and in the one drawn from.
+        """logits [B, V] fp32 -> tokens [B] int64, and their log-probs [B]: full distribution, distribution drawn from.
 
         The full distribution is softmax(logits / temperature), temperature 1 for greedy. Greedy draws from a point, so
         for it the second is after min_tokens and penalty, at temperature 1.
