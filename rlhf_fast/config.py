@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]  # float64: to check the maths, slow
 KLEstimator = Literal["k1", "k2", "k3"]
 
 
@@ -125,7 +125,9 @@ class PPOConfig(TrainerConfig):
     kl_coef: float = 0.05  # 0: no reference model
     kl_in: Literal["reward", "loss"] = "reward"
     kl_estimator: KLEstimator | None = None  # None: k1 in the reward, k2 in the loss
-    kl_target: float | None = None  # per-sequence KL that an adaptive kl_coef steers to (Ziegler et al. 2019); None: fixed
+    kl_target: float | None = (
+        None  # per-sequence KL that an adaptive kl_coef steers to (Ziegler et al. 2019); None: fixed
+    )
     kl_horizon: int = 10000  # completions over which the controller acts
     target_kl: float | None = None  # a mini-batch whose approx_kl exceeds it ends the step's updates
     num_eval_prompts: int = 64  # of eval_data

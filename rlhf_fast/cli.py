@@ -1,0 +1,199 @@
+"""The command line: `rlhf-fast COMMAND`. Thin: each command reads its arguments and calls one function.
+
+Exit status: 0 done, 1 failed, 2 bad usage or configuration. Heavy imports wait until a command needs them, so that
+`--help` and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf_fast.errors import ConfigError, RLHFFastError
+
+EPILOG = """
+overrides are flat: rlhf-fast ppo --config ppo.yaml max_steps=100 learning_rate=2e-6
+several GPUs or nodes: torchrun --nproc_per_node 8 -m rlhf_fast.cli ppo --config ppo.yaml zero_stage=2
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    _set_environment()
+    args = _parser().parse_args(arguments)
+    try:
+        return args.run(args) or 0
+    except RLHFFastError as error:
+        print(f"rlhf-fast {args.command}: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print(f"rlhf-fast {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _set_environment() -> None:
+    # Read by torch's CPU allocator when it loads: 2 MB pages for large tensors. A fresh [N, V] gradient otherwise
+    # spends most of its time in page faults.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Models and data come from disk; a hub name is an error with a reason, not a time-out.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rlhf-fast",
+        description="Align language models: SFT, reward model, PPO.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    for name, title in (
+        ("sft", "fine-tune on prompts with completions, or on conversations"),
+        ("reward", "train a reward model on preference pairs"),
+        ("ppo", "align a model with a reward by PPO"),
+    ):
+        train = commands.add_parser(name, help=title, epilog=EPILOG, formatter_class=parser.formatter_class)
+        _add_training_arguments(train)
+        train.set_defaults(run=_train)
+
+    pipeline = commands.add_parser("pipeline", help="run SFT, reward model and PPO one after the other")
+    _add_training_arguments(pipeline)
+    pipeline.set_defaults(run=_pipeline)
+
+    generate = commands.add_parser("generate", help="complete prompts; one JSON object a line")
+    generate.add_argument("--model", required=True, help="folder of a causal LM")
+    generate.add_argument("--prompt", action="append", default=[], help="a prompt (may be repeated)")
+    generate.add_argument("--prompts", type=Path, help="prompts as JSONL, Parquet or a datasets folder")
+    generate.add_argument("overrides", nargs="*", metavar="key=value", help="sampling: temperature=0.7 max_tokens=64")
+    generate.set_defaults(run=_generate)
+
+    evaluate = commands.add_parser("eval", help="score a policy's completions of held-out prompts")
+    evaluate.add_argument("--config", type=Path, required=True, help="a PPO config: its eval_data, reward, sampling")
+    evaluate.add_argument("--model", help="folder of the policy (default: output_dir/final)")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value")
+    evaluate.set_defaults(run=_evaluate)
+
+    bench = commands.add_parser("bench", help="time the kernels against named peers (from a checkout)")
+    bench.add_argument("pytest_arguments", nargs=argparse.REMAINDER, metavar="...", help="passed on to pytest")
+    bench.set_defaults(run=_bench)
+
+    doctor = commands.add_parser("doctor", help="say what is there, what is missing and what to do")
+    doctor.set_defaults(run=_doctor)
+
+    build = commands.add_parser("build", help="compile the extension now instead of at first use")
+    build.add_argument("--cuda-arch", help="GPU architectures to build for, such as 80,90")
+    build.set_defaults(run=_build)
+    return parser
+
+
+def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE.yaml")
+    parser.add_argument("--output_dir", metavar="DIR", help="the run's folder (the same as output_dir=DIR)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run's folder")
+    parser.add_argument("--dry_run", action="store_true", help="print the memory plan and stop")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def _train(args: argparse.Namespace) -> int:
+    from rlhf_fast.config_loading import load_config
+    from rlhf_fast.trainers import CONFIGS
+
+    config = load_config(CONFIGS[args.command], args.config, args.overrides, output_dir=args.output_dir)
+    return _run_stage(args.command, config, resume=args.resume, dry_run=args.dry_run)
+
+
+def _run_stage(stage: str, config: object, *, resume: bool, dry_run: bool) -> int:
+    from rlhf_fast.trainers import TRAINERS
+
+    if dry_run:
+        from rlhf_fast.plan import memory_plan
+
+        plan = memory_plan(config)  # type: ignore[arg-type]
+        print(plan)
+        plan.check()
+        return 0
+    TRAINERS[stage](config, resume=resume).train()  # type: ignore[arg-type]
+    return 0
+
+
+def _pipeline(args: argparse.Namespace) -> int:
+    from rlhf_fast.trainers.pipeline import load_pipeline
+
+    for stage, config in load_pipeline(args.config, args.overrides, output_dir=args.output_dir):
+        _run_stage(stage, config, resume=args.resume, dry_run=args.dry_run)
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from rlhf_fast.config_loading import parse_overrides
+    from rlhf_fast.data import ChatFormat, load_rows
+    from rlhf_fast.generation import Generator, SamplingParams
+    from rlhf_fast.models import load_causal_lm, load_tokenizer
+
+    try:
+        params = SamplingParams(**parse_overrides(args.overrides, SamplingParams))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    prompts: list[object] = list(args.prompt)
+    if args.prompts:
+        prompts += [row["prompt"] for row in load_rows(str(args.prompts), kind="prompt", on_bad_row="error")]
+    if not prompts:
+        raise ConfigError("nothing to complete: give --prompt TEXT or --prompts FILE.jsonl")
+    tokenizer = load_tokenizer(args.model)
+    chat = ChatFormat(tokenizer)
+    generator = Generator(load_causal_lm(args.model, dtype="float32"), tokenizer)
+    completions = generator.generate([chat.encode_prompt(prompt) for prompt in prompts], params)
+    for i, completion in enumerate(completions):
+        row = {
+            "prompt": prompts[i // params.n],
+            "completion": completion.text,
+            "finish_reason": completion.finish_reason,
+            "tokens": len(completion.token_ids),
+            "logprob": sum(completion.logprobs),
+        }
+        print(json.dumps(row, ensure_ascii=False))
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from rlhf_fast.config import PPOConfig
+    from rlhf_fast.config_loading import load_config
+    from rlhf_fast.trainers.evaluation import evaluate_policy
+
+    config = load_config(PPOConfig, args.config, args.overrides)
+    print(json.dumps(evaluate_policy(config, args.model or str(Path(config.output_dir) / "final")), indent=1))
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    import subprocess
+
+    folder = Path(__file__).resolve().parent.parent / "bench"
+    if not folder.is_dir():
+        raise ConfigError("bench/ is not part of the installed package: run this from a checkout (pip install -e .)")
+    command = [sys.executable, "-m", "pytest", str(folder), "--benchmark-enable", "-s", *args.pytest_arguments]
+    return subprocess.call(command, cwd=folder.parent)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from rlhf_fast.doctor import main as doctor
+
+    return doctor()
+
+
+def _build(args: argparse.Namespace) -> int:
+    from rlhf_fast.build import build_all
+
+    build_all(cuda_arch=args.cuda_arch)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

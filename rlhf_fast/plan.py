@@ -1,0 +1,183 @@
+"""What a run needs before it starts: memory for each model and the tokens of a step (`--dry_run`).
+
+An estimate from shapes alone; no weights are loaded. It counts what grows with the model and the batch: weights,
+gradients, optimiser state, KV cache, activations and logits of one micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from rlhf_fast.config import PPOConfig, RewardConfig, TrainerConfig
+from rlhf_fast.errors import ConfigError, ModelError
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+OVERHEAD = 0.6e9  # Python, torch, transformers and DeepSpeed with nothing loaded (measured)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What memory depends on in a causal LM."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    kv_width: int  # key-value heads times head size
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """Bytes of one model or buffer on one rank."""
+
+    name: str
+    weights: float = 0
+    gradients: float = 0
+    optimizer: float = 0
+    other: float = 0
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.other
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Lines of memory, the tokens of a step, and what the machine has."""
+
+    lines: list[Line]
+    tokens: dict[str, int]
+    available: float
+
+    @property
+    def total(self) -> float:
+        return sum(line.total for line in self.lines)
+
+    def check(self) -> None:
+        """Raise ConfigError when the plan does not fit."""
+        if self.total > self.available:
+            largest = max(self.lines, key=lambda line: line.total)
+            raise ConfigError(
+                f"this run needs about {_gb(self.total)} on a rank and {_gb(self.available)} are free; the largest "
+                f"part is {largest.name} with {_gb(largest.total)}. Lower micro_batch_tokens or rollout_batch_size, "
+                "set gradient_checkpointing=true, dtype=bfloat16, zero_stage=2 with more ranks, or a smaller model."
+            )
+
+    def __str__(self) -> str:
+        head = f"{'':<24}{'weights':>11}{'gradients':>11}{'optimizer':>11}{'other':>11}{'total':>11}"
+        rows = [
+            f"{x.name:<24}" + "".join(f"{_gb(v):>11}" for v in (x.weights, x.gradients, x.optimizer, x.other, x.total))
+            for x in self.lines
+        ]
+        sums = f"{'all, on one rank':<24}{'':>44}{_gb(self.total):>11}   ({_gb(self.available)} free)"
+        tokens = [f"{name}: {count:,}" for name, count in self.tokens.items()]
+        return "\n".join(["memory", head, *rows, sums, "", "tokens of a step, at most", *tokens])
+
+
+def memory_plan(config: TrainerConfig, *, world_size: int | None = None) -> Plan:
+    """Estimate the memory of one rank and the tokens of one step. Raises ModelError when a folder has no config."""
+    import os
+
+    ranks = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    shape = _shape(config.model_name_or_path)
+    lines = [Line("program", other=OVERHEAD)]
+    rows = max(1, config.batch_size // ranks)
+    micro = config.micro_batch_tokens
+    if isinstance(config, PPOConfig):
+        lines.append(_trained("policy", shape, config, ranks))
+        if config.value_model == "separate":
+            critic = _shape(config.value_model_path or config.model_name_or_path)
+            lines.append(_trained("value model", critic, config, ranks))
+        if config.kl_coef:
+            reference = _shape(config.ref_model_path or config.model_name_or_path)
+            lines.append(Line("reference", weights=reference.parameters * BYTES[config.dtype]))
+        for name in _reward_folders(config.reward):
+            lines.append(Line(f"reward {Path(name).name}", weights=4 * _shape(name).parameters))
+        decoded = min(rows, config.rollout_batch_size)
+        length = config.max_prompt_length + config.max_new_tokens
+        cache = 2 * shape.layers * shape.kv_width * decoded * length * BYTES[config.dtype]
+        # The decoder's cache is freed before training: the larger of the two counts.
+        trained = _activations(shape, config, micro, head_tokens=min(micro, rows * config.max_new_tokens))
+        lines.append(Line("KV cache or activations", other=max(cache, trained)))
+        tokens = {
+            "prompts": config.batch_size // config.num_generations * config.max_prompt_length,
+            "new": config.batch_size * config.max_new_tokens,
+            "trained": config.batch_size * config.max_new_tokens * config.num_ppo_epochs,
+            "optimiser steps": config.num_ppo_epochs * config.num_mini_batches,
+        }
+    else:
+        lines.append(_trained("model", shape, config, ranks))
+        head_tokens = 0 if isinstance(config, RewardConfig) else micro
+        lines.append(Line("activations", other=_activations(shape, config, micro, head_tokens=head_tokens)))
+        sequences = 2 if isinstance(config, RewardConfig) else 1
+        tokens = {"trained": config.batch_size * sequences * config.max_length, "optimiser steps": 1}
+    tokens["one micro-batch"] = micro
+    return Plan(lines, tokens, _available())
+
+
+def _trained(name: str, shape: Shape, config: TrainerConfig, ranks: int) -> Line:
+    """Weights, gradients and AdamW's two moments; half precision adds fp32 master weights and gradients. ZeRO
+    (Rajbhandari et al. 2020) splits the optimiser from stage 1, gradients from 2, weights from 3."""
+    half = config.dtype in ("bfloat16", "float16")
+    width, n = BYTES[config.dtype], shape.parameters
+    split = [ranks if config.zero_stage >= stage else 1 for stage in (1, 2, 3)]
+    return Line(
+        name,
+        weights=n * width / split[2],
+        gradients=n * (width + 4 if half else width) / split[1],
+        optimizer=n * (12 if half else 2 * width) / split[0],
+    )
+
+
+def _activations(shape: Shape, config: TrainerConfig, tokens: int, *, head_tokens: int) -> float:
+    """Saved for the backward pass of one micro-batch: per layer two norms, query, key, value, attention, two residuals
+    and three MLP tensors (with checkpointing one a layer, and one layer's whole); logits and their gradient in fp32."""
+    width = BYTES[config.dtype]
+    layer = tokens * width * (8 * shape.hidden + 2 * shape.kv_width + 4 * shape.intermediate)
+    if config.gradient_checkpointing:
+        body = layer + shape.layers * tokens * width * shape.hidden
+    else:
+        body = layer * shape.layers
+    return body + 2 * 4.0 * head_tokens * shape.vocabulary
+
+
+def _shape(path: str) -> Shape:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not (Path(path) / "config.json").exists():
+        raise ModelError(f"{path} holds no config.json: it is no model folder that the plan can read")
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text: Any = config.get_text_config()
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return Shape(
+        parameters=sum(p.numel() for p in model.parameters()),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        kv_width=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
+        vocabulary=text.vocab_size,
+    )
+
+
+def _reward_folders(reward: object) -> list[str]:
+    sources = [reward] if isinstance(reward, str) else [part["source"] for part in reward]  # type: ignore[attr-defined]
+    return [source for source in sources if (Path(source) / "config.json").exists()]
+
+
+def _available() -> float:
+    if torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info()[0])
+    return float(psutil.virtual_memory().available)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size else "-"

@@ -1,0 +1,42 @@
+"""Which rows go through the model together, and how many steps a run has."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+import numpy
+import torch
+
+from rlhf_fast.config import TrainerConfig
+from rlhf_fast.data import token_budget_batches
+from rlhf_fast.distributed import World, all_reduce_max
+from rlhf_fast.errors import ConfigError
+
+
+def micro_batches(lengths: Sequence[int], budget: int, world: World) -> list[list[int]]:
+    """Split rows into micro-batches of at most `budget` tokens, padding included; as many on every rank.
+
+    A rank with fewer gets empty ones at the end. It must run them all the same (on any row, with nothing unmasked):
+    a rank that skips a backward pass leaves the others waiting in a collective.
+    """
+    batches = token_budget_batches(lengths, budget) if lengths else []
+    most = int(all_reduce_max(len(batches), world))
+    return batches + [[] for _ in range(most - len(batches))]
+
+
+def count_steps(config: TrainerConfig, rows: int, rows_per_step: int) -> int:
+    """Optimiser steps (PPO: rollouts) of the whole run."""
+    if rows == 0:
+        raise ConfigError(f"train_data: no usable rows in {config.train_data}")
+    if config.max_steps is not None:
+        return config.max_steps
+    return max(1, math.ceil(config.num_train_epochs * rows / rows_per_step))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch alike on every rank, so that fresh heads start equal."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,139 @@
+"""Reward model: pairs -> a score each -> Bradley-Terry loss -> step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf_fast.config import RewardConfig
+from rlhf_fast.data import ChatFormat, EpochOrder, PreferenceExample, load_rows, pad_right, preference_dataset
+from rlhf_fast.distributed import all_reduce_sum, init_distributed
+from rlhf_fast.engine import Engine
+from rlhf_fast.models import ScalarModel, load_scalar_model, load_tokenizer, save_model, set_gradient_checkpointing
+from rlhf_fast.trainers.batching import count_steps, micro_batches, seed_everything
+from rlhf_fast.trainers.run import Metrics, Run, open_run_folder
+
+SUMS = ("loss", "accuracy", "margin", "mean_reward")
+
+
+class RewardTrainer:
+    """Train a sequence-classification model with one output to score chosen above rejected.
+
+    Loss of a pair (Bradley and Terry 1952; margin: Touvron et al. 2023): -log sigmoid(r_chosen - r_rejected - margin).
+    A sequence's score is read at its last token.
+    """
+
+    def __init__(self, config: RewardConfig, *, resume: bool = False) -> None:
+        self.config = config
+        self.world = init_distributed()
+        seed_everything(config.seed)
+        self.tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+        chat = ChatFormat(self.tokenizer, system_prompt=config.system_prompt, chat_template=config.chat_template)
+        self.train_pairs = self._load(config.train_data, chat)
+        self.eval_pairs = self._load(config.eval_data, chat) if config.eval_data else []
+        self.total_steps = count_steps(config, len(self.train_pairs), config.batch_size)
+        model = load_scalar_model(
+            config.model_name_or_path, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+        )
+        set_gradient_checkpointing(model, config.gradient_checkpointing)
+
+        checkpoint = open_run_folder(config, self.world, resume=resume)
+        self.scorer = Engine(ScalarModel(model), config=config, world=self.world, total_steps=self.total_steps)
+        self.order = EpochOrder(
+            len(self.train_pairs),
+            config.batch_size,
+            seed=config.seed,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+        )
+        self.run = Run(
+            config,
+            self.world,
+            total_steps=self.total_steps,
+            engines={"scorer": self.scorer},
+            state={"order": self.order},
+            evaluate=self.evaluate,
+            export=self.export,
+            better=lambda metrics: metrics["eval/accuracy"],
+            checkpoint=checkpoint,
+            headline={"loss": "loss", "accuracy": "accuracy", "eval/accuracy": "eval accuracy"},
+        )
+
+    def train(self) -> None:
+        """Run all steps that are left; writes the run's folder."""
+        run = self.run
+        for _step in run.steps():
+            pairs = [self.train_pairs[i] for i in self.order.next()]
+            with run.timer("train"):
+                stats = self.accumulate(pairs)
+                learning_rate = self.scorer.learning_rate
+                result = self.scorer.step()
+            run.check_finite(result.skipped and not result.rescaled)
+            run.log(
+                {
+                    "epoch": self.order.epoch,
+                    **stats,
+                    "lr": learning_rate,
+                    "grad_norm": result.grad_norm,
+                    "num_tokens": sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs),
+                }
+            )
+
+    def accumulate(self, pairs: Sequence[PreferenceExample]) -> Metrics:
+        """Add the gradients of one step's pairs; returns means over the pairs of all ranks."""
+        num_pairs = int(all_reduce_sum(len(pairs), self.world))
+        batches = self._micro_batches(pairs)
+        totals = torch.zeros(len(SUMS), dtype=torch.float64, device=self.world.device)
+        for i, batch in enumerate(batches):
+            sums = self.loss_sums([pairs[j] for j in batch or [0]])  # an empty one has no weight: see micro_batches
+            if not batch:
+                sums = 0.0 * sums
+            self.scorer.backward(sums[0] / num_pairs, last=i == len(batches) - 1)
+            totals += sums.detach()
+        means = all_reduce_sum(totals, self.world) / num_pairs
+        return dict(zip(SUMS, means.tolist(), strict=True))
+
+    def loss_sums(self, pairs: Sequence[PreferenceExample]) -> Tensor:
+        """Sums over pairs of SUMS: loss (with gradient), correctly ordered pairs, score difference, mean score."""
+        device = self.world.device
+        sequences = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+        input_ids = pad_right(sequences, self.tokenizer.pad_token_id, device)
+        rows = torch.arange(len(sequences), device=device)
+        last = torch.tensor([len(ids) - 1 for ids in sequences], device=device)
+        chosen, rejected = self.scorer(input_ids, rows, last).chunk(2)
+        margin = torch.tensor([pair.margin for pair in pairs], dtype=chosen.dtype, device=device)
+        loss = -F.logsigmoid(chosen - rejected - margin)
+        if self.config.center_rewards_coefficient:
+            loss = loss + self.config.center_rewards_coefficient * (chosen + rejected).square()
+        difference = chosen - rejected
+        return torch.stack([loss.sum(), (difference > 0).sum(), difference.sum(), (chosen + rejected).sum() / 2])
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> Metrics:
+        """Loss, accuracy and margin over eval_data."""
+        if not self.eval_pairs:
+            return {}
+        pairs = self.eval_pairs[self.world.rank :: self.world.world_size]
+        totals = torch.zeros(len(SUMS), dtype=torch.float64, device=self.world.device)
+        for batch in self._micro_batches(pairs):
+            sums = self.loss_sums([pairs[j] for j in batch] or self.eval_pairs[:1])
+            totals += sums if batch else 0.0
+        means = all_reduce_sum(totals, self.world) / len(self.eval_pairs)
+        return {f"eval/{name}": value for name, value in zip(SUMS, means.tolist(), strict=True)}
+
+    def export(self, folder: Path) -> None:
+        """Write the model as AutoModelForSequenceClassification loads it."""
+        with self.scorer.gathered():
+            save_model(self.scorer.module.model, self.tokenizer, folder)
+
+    def _micro_batches(self, pairs: Sequence[PreferenceExample]) -> list[list[int]]:
+        lengths = [2 * max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
+        return micro_batches(lengths, self.config.micro_batch_tokens, self.world)
+
+    def _load(self, path: str | list[str], chat: ChatFormat) -> list[PreferenceExample]:
+        rows = load_rows(path, kind="preference", on_bad_row=self.config.on_bad_row)
+        return preference_dataset(rows, chat, max_length=self.config.max_length)

@@ -1,0 +1,150 @@
+"""Supervised fine-tuning: examples -> log-probs of their tokens -> cross-entropy -> step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.config import SFTConfig
+from rlhf_fast.data import (
+    ChatFormat,
+    EpochOrder,
+    PackedSequence,
+    SFTExample,
+    load_rows,
+    pack,
+    pad_right,
+    sft_dataset,
+)
+from rlhf_fast.distributed import all_reduce_sum, init_distributed
+from rlhf_fast.engine import Engine
+from rlhf_fast.models import PolicyModel, load_causal_lm, load_tokenizer, save_model, set_gradient_checkpointing
+from rlhf_fast.trainers.batching import count_steps, micro_batches, seed_everything
+from rlhf_fast.trainers.run import Metrics, Run, open_run_folder
+
+
+class SFTTrainer:
+    """Fine-tune a causal LM on what `train_data`'s completions (or assistant turns) say.
+
+    The loss of a step is the mean cross-entropy over the trained tokens of all its rows, on all ranks.
+    """
+
+    def __init__(self, config: SFTConfig, *, resume: bool = False) -> None:
+        self.config = config
+        self.world = init_distributed()
+        seed_everything(config.seed)
+        self.tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+        chat = ChatFormat(self.tokenizer, system_prompt=config.system_prompt, chat_template=config.chat_template)
+        self.train_rows = self._load(config.train_data, chat)
+        self.eval_rows = self._load(config.eval_data, chat) if config.eval_data else []
+        self.total_steps = count_steps(config, len(self.train_rows), config.batch_size)
+        model = load_causal_lm(
+            config.model_name_or_path, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+        )
+        set_gradient_checkpointing(model, config.gradient_checkpointing)
+
+        checkpoint = open_run_folder(config, self.world, resume=resume)
+        self.policy = Engine(PolicyModel(model), config=config, world=self.world, total_steps=self.total_steps)
+        self.order = EpochOrder(
+            len(self.train_rows),
+            config.batch_size,
+            seed=config.seed,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+        )
+        self.run = Run(
+            config,
+            self.world,
+            total_steps=self.total_steps,
+            engines={"policy": self.policy},
+            state={"order": self.order},
+            evaluate=self.evaluate,
+            export=self.export,
+            better=lambda metrics: -metrics["eval/loss"],
+            checkpoint=checkpoint,
+            headline={"loss": "loss", "eval/loss": "eval loss", "perf/tokens_per_s": "tok/s"},
+        )
+
+    def train(self) -> None:
+        """Run all steps that are left; writes the run's folder."""
+        run = self.run
+        for _step in run.steps():
+            rows = [self.train_rows[i] for i in self.order.next()]
+            with run.timer("train"):
+                loss, num_tokens = self.accumulate(rows)
+                learning_rate = self.policy.learning_rate
+                result = self.policy.step()
+            run.check_finite(result.skipped and not result.rescaled)
+            run.log(
+                {
+                    "epoch": self.order.epoch,
+                    "loss": loss,
+                    "lr": learning_rate,
+                    "grad_norm": result.grad_norm,
+                    "num_tokens": num_tokens,
+                }
+            )
+
+    def accumulate(self, rows: Sequence[SFTExample | PackedSequence]) -> tuple[float, int]:
+        """Add the gradients of one step's rows; returns the mean loss and the trained tokens of all ranks."""
+        num_tokens = int(all_reduce_sum(sum(sum(row.loss_mask[1:]) for row in rows), self.world))
+        batches = micro_batches([len(row.input_ids) for row in rows], self.config.micro_batch_tokens, self.world)
+        total = torch.zeros((), device=self.world.device)
+        for i, batch in enumerate(batches):
+            # An empty micro-batch runs row 0 with no weight (see micro_batches).
+            loss = -self.logprobs([rows[j] for j in batch or [0]]).sum() / max(num_tokens, 1)
+            loss = loss if batch else 0.0 * loss
+            self.policy.backward(loss, last=i == len(batches) - 1)
+            total += loss.detach()
+        return float(all_reduce_sum(total, self.world)), num_tokens
+
+    def logprobs(self, rows: Sequence[SFTExample | PackedSequence]) -> Tensor:
+        """Log-probs [N] of the trained tokens of some rows."""
+        device = self.world.device
+        input_ids = pad_right([row.input_ids for row in rows], self.tokenizer.pad_token_id, device)
+        trained = pad_right([row.loss_mask for row in rows], 0, device).bool()
+        trained[:, 0] = False  # nothing comes before the first token
+        index, position = trained.nonzero(as_tuple=True)
+        position_ids = None
+        if isinstance(rows[0], PackedSequence):
+            position_ids = pad_right([row.position_ids for row in rows], 0, device)  # type: ignore[union-attr]
+        logprobs, _ = self.policy(
+            input_ids,
+            index,
+            position - 1,
+            input_ids[index, position],
+            position_ids=position_ids,
+            ops_backend=self.config.ops_backend,
+        )
+        return logprobs
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> Metrics:
+        """Mean cross-entropy over the trained tokens of eval_data."""
+        if not self.eval_rows:
+            return {}
+        rows = self.eval_rows[self.world.rank :: self.world.world_size]
+        total, count = torch.zeros((), dtype=torch.float64, device=self.world.device), 0
+        for batch in micro_batches([len(row.input_ids) for row in rows], self.config.micro_batch_tokens, self.world):
+            logprobs = self.logprobs([rows[j] for j in batch] or self.eval_rows[:1])
+            if batch:
+                total -= logprobs.sum()
+                count += logprobs.numel()
+        count = int(all_reduce_sum(count, self.world))
+        return {"eval/loss": float(all_reduce_sum(total, self.world)) / max(count, 1)}
+
+    def export(self, folder: Path) -> None:
+        """Write the model as transformers loads it."""
+        with self.policy.gathered():
+            save_model(self.policy.module.model, self.tokenizer, folder)
+
+    def _load(self, path: str | list[str], chat: ChatFormat) -> Sequence[SFTExample | PackedSequence]:
+        config = self.config
+        rows = load_rows(path, kind="sft", on_bad_row=config.on_bad_row)
+        examples = sft_dataset(
+            rows, chat, max_length=config.max_length, completion_only_loss=config.completion_only_loss
+        )
+        return pack(examples, config.max_length) if config.packing else examples

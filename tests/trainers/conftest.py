@@ -1,0 +1,58 @@
+"""A policy over ten letters: small enough that the best answer is known and PPO finds it in seconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+
+LETTERS = "abcdefxy"
+
+
+def save_letters_model(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """A Llama whose vocabulary is a pad token, an end token and eight letters, one token each."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocab = {token: i for i, token in enumerate(["<pad>", "<end>", *LETTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>").save_pretrained(folder)
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocab),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+    )
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, rows: Iterable[object]) -> str:
+    """Write rows as JSON Lines; returns the path as a config takes it."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """Rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def letters_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a policy over ten letters."""
+    return save_letters_model(tmp_path_factory.mktemp("letters") / "model")
