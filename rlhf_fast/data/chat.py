@@ -158,12 +158,9 @@ class ChatFormat:
         if position < 0:
             raise ConfigError(f"{self._template_name} does not write what the assistant says")
         tail = self._ids(text[position + len(_PROBE_REPLY) :])
-        eos: int | None = self.tokenizer.eos_token_id
-        if eos in tail:
-            return eos
         special = set(self.tokenizer.all_special_ids)
         special |= {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        return next((i for i in tail if i in special), eos)
+        return next((i for i in tail if i in special), self.tokenizer.eos_token_id)
 
     def _render(self, messages: Messages, *, reply: bool = False) -> str:
         """The conversation as text; reply: with the opening of an assistant's turn at the end."""
@@ -190,7 +187,7 @@ class ChatFormat:
         done = 0
         for i in turns:
             begin = self._render(messages[:i], reply=True) if i else whole[: self._opening_end(whole)]
-            end = self._render(messages[: i + 1]) if i < turns[-1] else whole
+            end = self._begun(self._render(messages[: i + 1]), whole)
             if not (whole.startswith(end) and end.startswith(begin) and done <= len(begin) < len(end)):
                 raise RowError(
                     None,
@@ -202,11 +199,16 @@ class ChatFormat:
             done = len(end)
         return pieces
 
+    def _begun(self, part: str, whole: str) -> str:
+        """A rendered part of a conversation without the EOS with which some templates (Phi) close a whole one."""
+        return part if whole.startswith(part) else part.removesuffix(self.tokenizer.eos_token or "")
+
     def _opening_end(self, whole: str) -> int:
         """Where the header of an assistant's turn ends in a conversation that begins with one: nothing comes before
         it that could be rendered alone, so look for the header that a question gets."""
         question = as_messages("Question", "user")
-        opening = self._render(question, reply=True).removeprefix(self._render(question))
+        asked = self._render(question, reply=True)
+        opening = asked.removeprefix(self._begun(self._render(question), asked))
         return whole.find(opening) + len(opening) if opening in whole else 0
 
     def _said(self, turn: list[int]) -> int:

@@ -30,11 +30,20 @@ TEMPLATES = {
     # Gemma: a turn ends with a marker that is not EOS
     "own marker": "{% for m in messages %}<|user|>{{ m['role'] }}\n{{ m['content'] | trim }}<|system|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|user|>assistant\n{% endif %}",
+    # Phi: a marker that is not EOS, and EOS at the end of the whole conversation
+    "closed": "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|pad|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}",
     # A base model's: no special token at all
     "plain": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}",
 }
-END = {"newline": "<|end|>", "no header": "<|end|>", "own marker": "<|system|>", "plain": "<|end|>"}
+END = {
+    "newline": "<|end|>",
+    "no header": "<|end|>",
+    "own marker": "<|system|>",
+    "closed": "<|pad|>",
+    "plain": "<|end|>",
+}
 
 
 def chat(template: str | None = CHAT_TEMPLATE, **options: Any) -> ChatFormat:
@@ -60,7 +69,12 @@ def said(format: ChatFormat, ids: list[int], mask: list[bool]) -> list[str]:
 def test_mask_is_what_the_assistant_says(name: str) -> None:
     format = chat(TEMPLATES[name])
     ids, mask = format.encode_messages([USER, REPLY, MORE, BYE])
-    first = {"newline": " I am well. <|end|>", "no header": " I am well.<|end|>", "own marker": "I am well.<|system|>"}
+    first = {
+        "newline": " I am well. <|end|>",
+        "no header": " I am well.<|end|>",
+        "own marker": "I am well.<|system|>",
+        "closed": " I am well. <|pad|>",
+    }
     last = {"no header": " مع السلامة<|end|>"}
     expected = [first.get(name, " I am well. "), last.get(name, f"مع السلامة{END[name]}")]
     if name == "plain":  # no end marker in the middle; white space that ends a turn is the template's
@@ -103,6 +117,7 @@ def test_stop_tokens_are_the_templates_marker_and_eos() -> None:
     end, system = (byte_tokenizer().convert_tokens_to_ids(t) for t in ("<|end|>", "<|system|>"))
     assert chat(TEMPLATES["newline"]).stop_token_ids == [end]
     assert chat(TEMPLATES["plain"]).stop_token_ids == [end]
+    assert chat(TEMPLATES["closed"]).stop_token_ids == [byte_tokenizer().pad_token_id, end]
     assert chat(TEMPLATES["own marker"]).stop_token_ids == [end, system]
 
 
@@ -144,11 +159,13 @@ def test_train_from_leaves_earlier_turns_out() -> None:
     assert said(format, ids, mask) == ["مع السلامة<|end|>"]
 
 
-def test_conversation_that_begins_with_the_assistant() -> None:
-    format = chat()
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, TEMPLATES["closed"]])
+def test_conversation_that_begins_with_the_assistant(template: str) -> None:
+    format = chat(template)
+    end = text(format, [format.end_token_id])
     ids, mask = format.encode_messages([REPLY, USER, BYE])
-    assert text(format, ids) == "<|assistant|> I am well. <|end|><|user|>Hi there?<|end|><|assistant|>مع السلامة<|end|>"
-    assert said(format, ids, mask) == [" I am well. <|end|>", "مع السلامة<|end|>"]
+    assert text(format, ids) == f"<|assistant|> I am well. {end}<|user|>Hi there?{end}<|assistant|>مع السلامة{end}"
+    assert said(format, ids, mask) == [f" I am well. {end}", f"مع السلامة{end}"]
 
 
 def test_turns_after_the_last_reply_are_left_out() -> None:
@@ -165,7 +182,8 @@ def test_end_marker_written_in_the_text_does_not_end_the_mask() -> None:
 # Reasoning models drop earlier turns' thoughts, so a turn reads differently once others follow.
 FORGETFUL = (
     "{% for m in messages %}<|{{ m['role'] }}|>"
-    "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 

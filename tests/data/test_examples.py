@@ -76,11 +76,8 @@ def test_sft_is_cut_at_the_end(build) -> None:
 
 
 def test_preference_pairs(build) -> None:
-    rows = [
-        {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 2},
-        {"prompt": "q", "chosen": "a", "rejected": "c"},
-    ]
-    examples = build("preference", rows)
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    examples = build("preference", [{**row, "margin": 2}, {**row, "rejected": "c"}])
     assert [(text(e.chosen_ids), text(e.rejected_ids), e.margin) for e in examples] == [
         ("qa<|end|>", "qb<|end|>", 2.0),
         ("qa<|end|>", "qc<|end|>", 0.0),

@@ -310,7 +310,7 @@ BAD_ROWS: list[tuple[str, Any, str]] = [
     (
         "preference",
         {"prompt": "a", "chosen": "b", "rejected": "c", "margin": float("nan")},
-        "must be finite, this is n",
+        "must be finite, this is ",
     ),
     ("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 10**400}, "must be finite, this is inf"),
     # half of a surrogate pair is no text: no tokenizer takes it
