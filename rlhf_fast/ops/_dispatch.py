@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal, get_args
 
 import torch
+
+from rlhf_fast.build import load_ops
 
 Backend = Literal["auto", "triton", "cpp", "reference"]
 Implementation = Literal["triton", "cpp", "reference"]
@@ -17,7 +20,7 @@ def choose_backend(
 ) -> Implementation:
     """The implementation that backend names; for "auto" the fastest that the op has on this device.
 
-    Raises ValueError for an unknown name and for one that the op has not got.
+    Raises ValueError for an unknown name, for one that the op has not got, and for one that the device is not for.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"{op}: backend must be one of {', '.join(map(repr, get_args(Backend)))}; got {backend!r}")
@@ -28,4 +31,18 @@ def choose_backend(
     if backend not in available:
         there_is = ", ".join(map(repr, available))
         raise ValueError(f"{op} has no {backend!r} backend yet; it has {there_is}, and 'auto' takes the fastest")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own debugging mode, slow and on any device
+    if backend == "triton" and device.type != "cuda" and not interpreted:
+        raise ValueError(f"{op}: backend 'triton' is for tensors on a GPU; these are on {device}")
+    if backend == "cpp" and device.type == "cuda":
+        raise ValueError(f"{op}: backend 'cpp' is for tensors on a CPU; these are on {device}")
     return backend
+
+
+@torch.compiler.assume_constant_result
+def load_compiled_ops() -> None:
+    """Build or load the C++ ops, torch.ops.rlhf_fast.*. Under torch.compile this runs while the graph is traced.
+
+    Raises BuildError where there is no compiler: nothing slower takes over in silence.
+    """
+    load_ops()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _checks, reference
-from rlhf_fast.ops._dispatch import REFERENCE_ONLY, Backend, choose_backend
+from rlhf_fast.ops._dispatch import Backend, Implementation, choose_backend, load_compiled_ops
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("cpp", "reference")
 
 
 @overload
@@ -70,9 +73,15 @@ def gather_logprobs(
     _checks.logits("gather_logprobs", logits)
     _checks.ids("gather_logprobs", ids, logits.shape[:-1], "logits' without V", logits.device)
     _checks.temperature("gather_logprobs", temperature)
+    implementation = choose_backend("gather_logprobs", backend, IMPLEMENTATIONS, logits.device)
+    if implementation == "cpp":
+        load_compiled_ops()
+        logprobs, entropy = torch.ops.rlhf_fast.gather_logprobs(
+            logits, ids, temperature, return_entropy, ignore_index, inplace_backward
+        )
+        return (logprobs, entropy) if return_entropy else logprobs
     unless = f"equal to ignore_index ({ignore_index})"
     _checks.ids_in_range("gather_logprobs", ids, logits.shape[-1], ids != ignore_index, unless)
-    choose_backend("gather_logprobs", backend, REFERENCE_ONLY, logits.device)
     return reference.gather_logprobs(
         logits,
         ids,

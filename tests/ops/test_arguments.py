@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rlhf_fast import ops
+from rlhf_fast.ops._dispatch import choose_backend
 
 B, T, V, H = 2, 3, 5, 4
 x, x_short, per_row = torch.zeros(B, T), torch.zeros(B, T - 1), torch.zeros(B)
@@ -152,3 +153,31 @@ def test_types(op: str, wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(TypeError, match="^" + op) as raised:
         call(op, **wrong)
     assert says in str(raised.value)
+
+
+ALL = ("triton", "cpp", "reference")
+
+
+@pytest.mark.parametrize(
+    ("device", "available", "chosen"),
+    [
+        ("cuda", ALL, "triton"),
+        ("cpu", ALL, "cpp"),
+        ("mps", ALL, "reference"),
+        ("cuda", ("cpp", "reference"), "reference"),
+        ("cpu", ("triton", "reference"), "reference"),
+    ],
+)
+def test_auto_takes_the_fastest_of_the_device(device: str, available: Any, chosen: str) -> None:
+    assert choose_backend("op", "auto", available, torch.device(device)) == chosen
+
+
+def test_a_backend_of_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="op: backend 'triton' is for tensors on a GPU; these are on cpu"):
+        choose_backend("op", "triton", ALL, torch.device("cpu"))
+    with pytest.raises(ValueError, match="op: backend 'cpp' is for tensors on a CPU; these are on cuda:1"):
+        choose_backend("op", "cpp", ALL, torch.device("cuda:1"))
+    assert choose_backend("op", "reference", ALL, torch.device("cuda:1")) == "reference"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_backend("op", "triton", ALL, torch.device("cpu")) == "triton"
