@@ -37,12 +37,13 @@ TEMPLATES = {
     "plain": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}",
 }
-END = {
-    "newline": "<|end|>",
-    "no header": "<|end|>",
-    "own marker": "<|system|>",
-    "closed": "<|pad|>",
-    "plain": "<|end|>",
+# What is learnt of [USER, REPLY, MORE, BYE]
+SAID = {
+    "newline": [" I am well. <|end|>", "مع السلامة<|end|>"],
+    "no header": [" I am well.<|end|>", " مع السلامة<|end|>"],
+    "own marker": ["I am well.<|system|>", "مع السلامة<|system|>"],
+    "closed": [" I am well. <|pad|>", "مع السلامة<|pad|>"],
+    "plain": [" I am well.", "مع السلامة<|end|>"],  # no marker to learn; white space at a turn's end is the template's
 }
 
 
@@ -69,17 +70,7 @@ def said(format: ChatFormat, ids: list[int], mask: list[bool]) -> list[str]:
 def test_mask_is_what_the_assistant_says(name: str) -> None:
     format = chat(TEMPLATES[name])
     ids, mask = format.encode_messages([USER, REPLY, MORE, BYE])
-    first = {
-        "newline": " I am well. <|end|>",
-        "no header": " I am well.<|end|>",
-        "own marker": "I am well.<|system|>",
-        "closed": " I am well. <|pad|>",
-    }
-    last = {"no header": " مع السلامة<|end|>"}
-    expected = [first.get(name, " I am well. "), last.get(name, f"مع السلامة{END[name]}")]
-    if name == "plain":  # no end marker in the middle; white space that ends a turn is the template's
-        expected[0] = " I am well."
-    assert said(format, ids, mask) == expected
+    assert said(format, ids, mask) == SAID[name]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -106,7 +97,7 @@ def test_completion_follows_the_prompt_that_the_policy_sees(name: str) -> None:
     assert prompt_ids == format.tokenizer.apply_chat_template(
         history, tokenize=True, return_dict=False, add_generation_prompt=True
     )
-    assert text(format, ids).strip() == f"مع السلامة{END[name]}"
+    assert text(format, ids) == SAID[name][-1]
     assert ids[-1] == format.end_token_id
     assert ids.count(format.end_token_id) == 1
     assert (prompt_ids + ids) == format.encode_messages([*history, BYE])[0]
