@@ -53,7 +53,7 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
     ("gather_logprobs", {"temperature": -1}, "temperature must be above 0; got -1"),
     ("gather_logprobs", {"temperature": math.nan}, "temperature must be above 0; got nan"),
     ("gather_logprobs", {"temperature": math.inf}, "temperature must be finite; got inf"),
-    ("gather_logprobs", {"ids": ids + V}, "ids must be from 0 to 4, unless equal to ignore_index (-100); got 5 at [0"),
+    ("gather_logprobs", {"ids": ids + V}, "ids must be from 0 to 4, unless equal to ignore_index (-100); got 5 "),
     ("gather_logprobs", {"ids": ids.to("meta")}, "ids must be on cpu like the other arguments; got meta"),
     ("gather_logprobs", {"backend": "cuda"}, "backend must be one of 'auto', 'triton', 'cpp', 'reference'; got 'cuda'"),
     ("linear_logprobs", {"weight": torch.zeros(V, H + 1)}, "hidden must have shape [2, 3, 5], H as in weight [5, 5]"),
