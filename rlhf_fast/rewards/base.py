@@ -124,7 +124,7 @@ def _number(value: Any) -> float | None:
     try:
         return float(value)
     except OverflowError:  # a huge int
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def _start(text: str, limit: int = 60) -> str:

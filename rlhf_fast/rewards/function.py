@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +45,7 @@ class FunctionReward(Reward):
 
     def _score(self, prompts: list[Prompt], completions: list[str], columns: dict[str, list[Any]]) -> RewardScores:
         # Copies: a function that sorts or edits what it gets must not reach the data.
-        given = copy.deepcopy({"prompts": prompts, "completions": completions, **columns})
+        given = _copied({"prompts": prompts, "completions": completions, **columns})
         args, kwargs = self._arguments(given)
         try:
             returned = self._call(lambda: self.function(*args, **kwargs))
@@ -54,15 +53,16 @@ class FunctionReward(Reward):
             raise self._hung(hung.frames, given) from None
         except JobFailed as failed:
             raise self._raised(failed.error, given) from failed.error
-        except Exception as error:
-            raise self._raised(error, given) from error
         scores = checked_scores(self.label, returned, prompts, completions)
         return RewardScores(scores, {self.name: scores})
 
     def _call(self, call: Callable[[], Any]) -> Any:
         if self.timeout is not None:
             return self.worker.run(call, self.timeout)
-        returned = call()
+        try:
+            returned = call()
+        except Exception as error:
+            raise JobFailed(error) from error
         return self.worker.run(lambda: returned, None) if inspect.isawaitable(returned) else returned
 
     def _arguments(self, given: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -123,6 +123,13 @@ class FunctionReward(Reward):
                     if isinstance(number, int) and 0 <= number < len(completions):
                         return describe_row(number, prompts, completions)
         return f"the batch starts with {describe_row(0, prompts, completions)}"
+
+
+def _copied(value: Any) -> Any:
+    """Lists and mappings are new, at every depth; what they hold is the same."""
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _file_of(function: Callable[..., Any]) -> str:

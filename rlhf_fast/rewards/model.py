@@ -55,9 +55,9 @@ class ModelReward(Reward):
                 where = describe_row(i, prompts, completions)
                 raise RewardError(f"{self.label} cannot read {where}: {error}") from error
             rows.append(row)
-            if not row or (self.max_tokens is not None and len(row) > self.max_tokens):
+            if self.max_tokens is not None and len(row) > self.max_tokens:
                 raise RewardError(
-                    f"{self.label} takes 1 to {self.max_tokens} tokens; there are {len(row)} at "
+                    f"{self.label} takes at most {self.max_tokens} tokens; there are {len(row)} at "
                     f"{describe_row(i, prompts, completions)}."
                 )
         scores = torch.zeros(len(rows))

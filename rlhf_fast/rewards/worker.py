@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import queue
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import Any
 
 import torch
+
+SLICE = 0.5  # seconds after which a signal is handled at the latest
 
 
 class JobHung(Exception):
@@ -57,7 +61,7 @@ class Worker:
         answer: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
         self._jobs.put((_on_same_gpu(job), answer))
         try:
-            ok, value = answer.get(timeout=timeout)
+            ok, value = _wait(answer, timeout)
         except queue.Empty:
             frames = self._thread.frames()
             self._abandon()
@@ -113,6 +117,19 @@ class _Thread(threading.Thread):
             own.append(frame)
             frame = frame.f_back
         return stack + own[::-1]
+
+
+def _wait(answer: queue.SimpleQueue[tuple[bool, Any]], timeout: float | None) -> tuple[bool, Any]:
+    """The answer; queue.Empty when the time is up. In slices: a signal that comes just before a wait begins does not
+    end it, and would be handled only afterwards."""
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            return answer.get(timeout=max(0.0, min(left, SLICE)))
+        except queue.Empty:
+            if left <= SLICE:
+                raise
 
 
 def _name(task: asyncio.Task[Any]) -> str:
