@@ -123,8 +123,8 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except OverflowError:  # a huge int
-        return math.inf if value > 0 else -math.inf
+    except OverflowError:  # an int beyond float64
+        return math.inf
 
 
 def _start(text: str, limit: int = 60) -> str:

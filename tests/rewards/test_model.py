@@ -85,6 +85,9 @@ def test_a_model_that_pads_with_eos_or_not_at_all(tiny_llama: Path, tmp_path: Pa
     """transformers takes the EOS that ends a row for padding then, or refuses batches."""
     eos = byte_tokenizer().eos_token_id
     folder = reward_model(tiny_llama, tmp_path / "rm", pad_token_id=pad_token_id and eos)
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = pad_token_id and tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
     reward, other = ModelReward(folder), ModelReward(reward_model(tiny_llama, tmp_path / "other"))
     scores = reward.score(PROMPTS, COMPLETIONS).total
     assert scores.tolist() == pytest.approx(other.score(PROMPTS, COMPLETIONS).total.tolist(), abs=1e-5)
