@@ -44,6 +44,7 @@ setup(
             "ruff",
             "mypy",
             "types-PyYAML",
+            "types-psutil",
             "types-requests",
             "types-tqdm",
         ],

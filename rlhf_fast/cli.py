@@ -12,7 +12,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from rlhf_fast.config import TrainerConfig
 from rlhf_fast.errors import ConfigError, RLHFFastError
 
 EPILOG = """
@@ -105,21 +107,21 @@ def _train(args: argparse.Namespace) -> int:
     from rlhf_fast.config_loading import load_config
     from rlhf_fast.trainers import CONFIGS
 
-    config = load_config(CONFIGS[args.command], args.config, args.overrides, output_dir=args.output_dir)
+    config: TrainerConfig = load_config(CONFIGS[args.command], args.config, args.overrides, output_dir=args.output_dir)
     return _run_stage(args.command, config, resume=args.resume, dry_run=args.dry_run)
 
 
-def _run_stage(stage: str, config: object, *, resume: bool, dry_run: bool) -> int:
+def _run_stage(stage: str, config: TrainerConfig, *, resume: bool, dry_run: bool) -> int:
     from rlhf_fast.trainers import TRAINERS
 
     if dry_run:
         from rlhf_fast.plan import memory_plan
 
-        plan = memory_plan(config)  # type: ignore[arg-type]
+        plan = memory_plan(config)
         print(plan)
         plan.check()
         return 0
-    TRAINERS[stage](config, resume=resume).train()  # type: ignore[arg-type]
+    TRAINERS[stage](config, resume=resume).train()
     return 0
 
 
@@ -141,7 +143,7 @@ def _generate(args: argparse.Namespace) -> int:
         params = SamplingParams(**parse_overrides(args.overrides, SamplingParams))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    prompts: list[object] = list(args.prompt)
+    prompts: list[Any] = list(args.prompt)
     if args.prompts:
         prompts += [row["prompt"] for row in load_rows(str(args.prompts), kind="prompt", on_bad_row="error")]
     if not prompts:

@@ -95,7 +95,7 @@ class Engine:
         self._deepspeed = _import_deepspeed(world)
         self._world = world
         self._max_grad_norm = config.max_grad_norm
-        self._stage = max(config.zero_stage, 0 if config.dtype == "float32" else 1)
+        self._stage = max(config.zero_stage, 0 if config.dtype in ("float32", "float64") else 1)
         self._offloaded = config.offload_optimizer and world.device.type != "cpu"
         self._layout = {"dtype": config.dtype, "zero_stage": self._stage, "world_size": world.world_size}
         self._trained = [p for p in module.parameters() if p.requires_grad]
@@ -104,14 +104,12 @@ class Engine:
         warmup = int(config.warmup_ratio * total_steps)
         schedule = "constant_with_warmup" if config.lr_scheduler_type == "constant" else config.lr_scheduler_type
         try:
-            # BF16_Optimizer prints its memory use, asked or not.
-            with contextlib.redirect_stdout(io.StringIO()):
-                self._engine, *_ = self._deepspeed.initialize(
-                    model=module,
-                    optimizer=self._optimizer(config, config.learning_rate if learning_rate is None else learning_rate),
-                    lr_scheduler=lambda optimizer: get_scheduler(schedule, optimizer, warmup, total_steps),
-                    config=self._deepspeed_config(config),
-                )
+            self._engine, *_ = self._deepspeed.initialize(
+                model=module,
+                optimizer=self._optimizer(config, config.learning_rate if learning_rate is None else learning_rate),
+                lr_scheduler=lambda optimizer: get_scheduler(schedule, optimizer, warmup, total_steps),
+                config=self._deepspeed_config(config),
+            )
         except ValueError as error:
             if "not supported on your device" not in str(error):
                 raise
@@ -139,7 +137,7 @@ class Engine:
         }
         groups = [group for group in groups if group["params"]]
         if self._world.device.type == "cpu":
-            return torch.optim.AdamW(groups, **settings)
+            return torch.optim.AdamW(groups, fused=True, **settings)
         adam = self._deepspeed.ops.adam
         if self._offloaded:
             return adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
@@ -290,8 +288,13 @@ class Engine:
                 raise CheckpointError(
                     f"{folder}: was saved with {field} {layout.get(field)}, this run has {mine}; resume with the same"
                 )
-        with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints
-            path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints
+                path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            raise CheckpointError(f"{folder}: holds another model than the one of this run ({error})") from None
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed found no checkpoint in it")
 
@@ -316,7 +319,11 @@ def _import_deepspeed(world: World) -> ModuleType:
         raise ConfigError(
             f"training needs DeepSpeed, which cannot be imported ({error}); pip install deepspeed"
         ) from None
+    import deepspeed.runtime.bf16_optimizer as bf16_optimizer
+
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It prints memory use and collects garbage a dozen times per model (seconds), whatever the configuration says.
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
     # Newer torch has renamed collectives that DeepSpeed calls by their old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if world.device.type == "cpu":

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data import PromptExample
-from rlhf_fast.distributed import World, all_reduce_max, all_reduce_sum
+from rlhf_fast.distributed import World, all_reduce_sum
 from rlhf_fast.generation import Generator, Rollout, SamplingParams
-from rlhf_fast.ops import masked_whiten
 from rlhf_fast.rewards import Reward, RewardScores
 from rlhf_fast.tracking import distinct_n
 
@@ -109,58 +107,21 @@ class Experience:
     values: Tensor
     advantages: Tensor
     returns: Tensor
+    kl_coef: float  # of this rollout, for a KL in the loss
 
     def select(self, rows: Sequence[int]) -> Experience:
         """The experience of some rows, in that order."""
         index = torch.as_tensor(list(rows), dtype=torch.long, device=self.mask.device)
-        chosen = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            chosen[field.name] = value.select(rows) if isinstance(value, Rollout) else value
-            if isinstance(value, Tensor):
-                chosen[field.name] = value[index]
-        return Experience(**chosen)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row's prompt and response together."""
-        responses = self.rollout.lengths.tolist()
-        return [len(prompt) + n for prompt, n in zip(self.rollout.prompt_ids, responses, strict=True)]
-
-
-def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor) -> Tensor | None:
-    """Per-sequence sums [B] of log-prob minus reference log-prob, in nats (k1)."""
-    if ref_logprobs is None:
-        return None
-    return torch.where(mask, logprobs - ref_logprobs, 0.0).sum(-1)
-
-
-def masked_mean(x: Tensor, mask: Tensor, world: World) -> float:
-    """Mean over the masked tokens of all ranks."""
-    sums = torch.stack([torch.where(mask, x, 0.0).double().sum(), mask.double().sum()])
-    total, count = all_reduce_sum(sums, world).tolist()
-    return total / max(count, 1.0)
-
-
-def masked_max(x: Tensor, mask: Tensor, world: World) -> float:
-    """Largest value under the mask on any rank."""
-    return float(all_reduce_max(torch.where(mask, x, 0.0).max() if mask.any() else 0.0, world))
-
-
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, world: World) -> float:
-    """1 - Var[returns - values] / Var[returns]: 1 is a perfect critic, 0 one no better than a constant."""
-
-    def variance(x: Tensor) -> float:
-        mean = masked_mean(x, mask, world)
-        return masked_mean((x - mean).square(), mask, world)
-
-    return 1.0 - variance(returns - values) / max(variance(returns), 1e-12)
-
-
-def normalized(scores: Tensor, world: World) -> Tensor:
-    """Scores [B] to mean 0 and deviation 1 over all ranks."""
-    group = torch.distributed.group.WORLD if world.world_size > 1 else None
-    return masked_whiten(scores, torch.ones_like(scores, dtype=torch.bool), group=group)
+        return Experience(
+            rollout=self.rollout.select(rows),
+            mask=self.mask[index],
+            old_logprobs=self.old_logprobs[index],
+            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[index],
+            values=self.values[index],
+            advantages=self.advantages[index],
+            returns=self.returns[index],
+            kl_coef=self.kl_coef,
+        )
 
 
 def mix_seed(*parts: int) -> int:

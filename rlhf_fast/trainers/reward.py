@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast.config import RewardConfig
-from rlhf_fast.data import ChatFormat, EpochOrder, PreferenceExample, load_rows, pad_right, preference_dataset
+from rlhf_fast.data import ChatFormat, EpochOrder, Examples, PreferenceExample, load_rows, pad_right, preference_dataset
 from rlhf_fast.distributed import all_reduce_sum, init_distributed
 from rlhf_fast.engine import Engine
 from rlhf_fast.models import ScalarModel, load_scalar_model, load_tokenizer, save_model, set_gradient_checkpointing
@@ -34,15 +34,15 @@ class RewardTrainer:
         self.tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
         chat = ChatFormat(self.tokenizer, system_prompt=config.system_prompt, chat_template=config.chat_template)
         self.train_pairs = self._load(config.train_data, chat)
-        self.eval_pairs = self._load(config.eval_data, chat) if config.eval_data else []
+        self.eval_pairs = self._load(config.eval_data or [], chat)
         self.total_steps = count_steps(config, len(self.train_pairs), config.batch_size)
-        model = load_scalar_model(
+        self.model = load_scalar_model(
             config.model_name_or_path, dtype=config.dtype, trust_remote_code=config.trust_remote_code
         )
-        set_gradient_checkpointing(model, config.gradient_checkpointing)
+        set_gradient_checkpointing(self.model, config.gradient_checkpointing)
 
         checkpoint = open_run_folder(config, self.world, resume=resume)
-        self.scorer = Engine(ScalarModel(model), config=config, world=self.world, total_steps=self.total_steps)
+        self.scorer = Engine(ScalarModel(self.model), config=config, world=self.world, total_steps=self.total_steps)
         self.order = EpochOrder(
             len(self.train_pairs),
             config.batch_size,
@@ -61,6 +61,7 @@ class RewardTrainer:
             better=lambda metrics: metrics["eval/accuracy"],
             checkpoint=checkpoint,
             headline={"loss": "loss", "accuracy": "accuracy", "eval/accuracy": "eval accuracy"},
+            warnings=[data.report() for data in (self.train_pairs, self.eval_pairs) if data.bad_rows],
         )
 
     def train(self) -> None:
@@ -72,7 +73,7 @@ class RewardTrainer:
                 stats = self.accumulate(pairs)
                 learning_rate = self.scorer.learning_rate
                 result = self.scorer.step()
-            run.check_finite(result.skipped and not result.rescaled)
+            run.check_finite(result.skipped)
             run.log(
                 {
                     "epoch": self.order.epoch,
@@ -128,12 +129,14 @@ class RewardTrainer:
     def export(self, folder: Path) -> None:
         """Write the model as AutoModelForSequenceClassification loads it."""
         with self.scorer.gathered():
-            save_model(self.scorer.module.model, self.tokenizer, folder)
+            save_model(self.model, self.tokenizer, folder)
 
     def _micro_batches(self, pairs: Sequence[PreferenceExample]) -> list[list[int]]:
         lengths = [2 * max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
         return micro_batches(lengths, self.config.micro_batch_tokens, self.world)
 
-    def _load(self, path: str | list[str], chat: ChatFormat) -> list[PreferenceExample]:
+    def _load(self, path: str | list[str], chat: ChatFormat) -> Examples[PreferenceExample]:
+        if not path:
+            return Examples([], [])
         rows = load_rows(path, kind="preference", on_bad_row=self.config.on_bad_row)
         return preference_dataset(rows, chat, max_length=self.config.max_length)

@@ -128,9 +128,9 @@ class Run:
         self._say(f"step {self.step}: gradient is not finite; the batch was dropped and nothing was changed")
         if self.nonfinite_in_a_row >= self.config.max_nonfinite_steps:
             raise NonFiniteError(
-                f"{self.nonfinite_in_a_row} optimiser steps in a row had NaN or infinite gradients (last at step "
-                f"{self.step}). The weights are those before them. Lower learning_rate, use dtype=float32, or look at "
-                f"the data of these steps in {self.folder / 'samples.jsonl'}; raise max_nonfinite_steps to go on longer."
+                f"{self.nonfinite_in_a_row} optimiser steps in a row had NaN or infinite gradients, the last in step "
+                f"{self.step}. The weights are those before them. Lower learning_rate, use dtype=float32, or look at "
+                f"the data; raise max_nonfinite_steps to go on longer."
             )
 
     def _end_step(self, started: float, stopping: bool) -> None:

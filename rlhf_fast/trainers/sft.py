@@ -12,6 +12,7 @@ from rlhf_fast.config import SFTConfig
 from rlhf_fast.data import (
     ChatFormat,
     EpochOrder,
+    Examples,
     PackedSequence,
     SFTExample,
     load_rows,
@@ -21,7 +22,15 @@ from rlhf_fast.data import (
 )
 from rlhf_fast.distributed import all_reduce_sum, init_distributed
 from rlhf_fast.engine import Engine
-from rlhf_fast.models import PolicyModel, load_causal_lm, load_tokenizer, save_model, set_gradient_checkpointing
+from rlhf_fast.errors import ConfigError
+from rlhf_fast.models import (
+    PolicyModel,
+    load_causal_lm,
+    load_tokenizer,
+    save_model,
+    set_gradient_checkpointing,
+    supports_packing,
+)
 from rlhf_fast.trainers.batching import count_steps, micro_batches, seed_everything
 from rlhf_fast.trainers.run import Metrics, Run, open_run_folder
 
@@ -38,16 +47,20 @@ class SFTTrainer:
         seed_everything(config.seed)
         self.tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
         chat = ChatFormat(self.tokenizer, system_prompt=config.system_prompt, chat_template=config.chat_template)
-        self.train_rows = self._load(config.train_data, chat)
-        self.eval_rows = self._load(config.eval_data, chat) if config.eval_data else []
+        train, held_out = self._load(config.train_data, chat), self._load(config.eval_data or [], chat)
+        self.train_rows, self.eval_rows = self._packed(train), self._packed(held_out)
         self.total_steps = count_steps(config, len(self.train_rows), config.batch_size)
-        model = load_causal_lm(
+        self.model = load_causal_lm(
             config.model_name_or_path, dtype=config.dtype, trust_remote_code=config.trust_remote_code
         )
-        set_gradient_checkpointing(model, config.gradient_checkpointing)
+        if config.packing and not supports_packing(self.model):
+            raise ConfigError(
+                f"packing: {type(self.model).__name__} lets packed examples see each other; set packing=false"
+            )
+        set_gradient_checkpointing(self.model, config.gradient_checkpointing)
 
         checkpoint = open_run_folder(config, self.world, resume=resume)
-        self.policy = Engine(PolicyModel(model), config=config, world=self.world, total_steps=self.total_steps)
+        self.policy = Engine(PolicyModel(self.model), config=config, world=self.world, total_steps=self.total_steps)
         self.order = EpochOrder(
             len(self.train_rows),
             config.batch_size,
@@ -66,6 +79,7 @@ class SFTTrainer:
             better=lambda metrics: -metrics["eval/loss"],
             checkpoint=checkpoint,
             headline={"loss": "loss", "eval/loss": "eval loss", "perf/tokens_per_s": "tok/s"},
+            warnings=[data.report() for data in (train, held_out) if data.bad_rows],
         )
 
     def train(self) -> None:
@@ -77,7 +91,7 @@ class SFTTrainer:
                 loss, num_tokens = self.accumulate(rows)
                 learning_rate = self.policy.learning_rate
                 result = self.policy.step()
-            run.check_finite(result.skipped and not result.rescaled)
+            run.check_finite(result.skipped)
             run.log(
                 {
                     "epoch": self.order.epoch,
@@ -139,12 +153,14 @@ class SFTTrainer:
     def export(self, folder: Path) -> None:
         """Write the model as transformers loads it."""
         with self.policy.gathered():
-            save_model(self.policy.module.model, self.tokenizer, folder)
+            save_model(self.model, self.tokenizer, folder)
 
-    def _load(self, path: str | list[str], chat: ChatFormat) -> Sequence[SFTExample | PackedSequence]:
+    def _load(self, path: str | list[str], chat: ChatFormat) -> Examples[SFTExample]:
         config = self.config
+        if not path:
+            return Examples([], [])
         rows = load_rows(path, kind="sft", on_bad_row=config.on_bad_row)
-        examples = sft_dataset(
-            rows, chat, max_length=config.max_length, completion_only_loss=config.completion_only_loss
-        )
-        return pack(examples, config.max_length) if config.packing else examples
+        return sft_dataset(rows, chat, max_length=config.max_length, completion_only_loss=config.completion_only_loss)
+
+    def _packed(self, examples: Sequence[SFTExample]) -> Sequence[SFTExample | PackedSequence]:
+        return pack(examples, self.config.max_length) if self.config.packing else examples

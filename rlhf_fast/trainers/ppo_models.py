@@ -1,0 +1,139 @@
+"""The models of PPO: the policy and its critic, which DeepSpeed trains, and the frozen reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.config import PPOConfig
+from rlhf_fast.distributed import World
+from rlhf_fast.engine import Engine
+from rlhf_fast.errors import ConfigError
+from rlhf_fast.generation import Rollout
+from rlhf_fast.models import (
+    PolicyModel,
+    ScalarModel,
+    SharedModel,
+    load_causal_lm,
+    load_scalar_model,
+    set_gradient_checkpointing,
+)
+from rlhf_fast.trainers.batching import micro_batches
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # Rollout.sequences: input_ids, rows, positions, ids
+
+
+class PPOModels:
+    """Policy, value and reference log-probs of rollouts, wherever they come from.
+
+    The value model is one of its own (`value_model: separate`) or a head on the policy's trunk (`shared`); there is no
+    reference when kl_coef is 0.
+    """
+
+    def __init__(self, config: PPOConfig, vocabulary: int, pad_id: int, world: World) -> None:
+        self.config, self.pad_id, self.world = config, pad_id, world
+        path, code = config.model_name_or_path, config.trust_remote_code
+        self.causal_lm = load_causal_lm(path, dtype=config.dtype, trust_remote_code=code)
+        self.policy_module: PolicyModel | SharedModel
+        self.critic_module: ScalarModel | None = None
+        if config.value_model == "shared":
+            self.policy_module = SharedModel(self.causal_lm, path)
+        else:
+            self.policy_module = PolicyModel(self.causal_lm)
+            self.critic_module = self._load_critic(vocabulary)
+        self.reference: PolicyModel | None = None
+        if config.kl_coef:
+            reference = load_causal_lm(config.ref_model_path or path, dtype=config.dtype, trust_remote_code=code)
+            self.reference = PolicyModel(reference).requires_grad_(False).to(world.device)
+        set_gradient_checkpointing(self.causal_lm, config.gradient_checkpointing)
+
+    def _load_critic(self, vocabulary: int) -> ScalarModel:
+        config = self.config
+        path = config.value_model_path or config.model_name_or_path
+        model = load_scalar_model(path, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+        if model.get_input_embeddings().weight.shape[0] < vocabulary:
+            raise ConfigError(
+                f"value_model_path: {path} has a smaller vocabulary than the policy's tokenizer ({vocabulary} tokens); "
+                "the value model reads the policy's tokens and needs the same tokenizer"
+            )
+        set_gradient_checkpointing(model, config.gradient_checkpointing)
+        return ScalarModel(model)
+
+    def make_engines(self, total_steps: int) -> dict[str, Engine]:
+        """Hand the trained models to DeepSpeed; total_steps: optimiser steps of the whole run."""
+        config = self.config
+        self.policy = Engine(self.policy_module, config=config, world=self.world, total_steps=total_steps)
+        self.critic: Engine | None = None
+        if self.critic_module is None:
+            return {"policy": self.policy}
+        self.critic = Engine(
+            self.critic_module,
+            config=config,
+            world=self.world,
+            total_steps=total_steps,
+            learning_rate=config.value_learning_rate,
+        )
+        return {"policy": self.policy, "critic": self.critic}
+
+    def evaluate(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """The trained models' log-probs, entropies and values of the N tokens of `inputs`, each [N]."""
+        outputs = self.policy(*inputs, temperature=self.config.temperature, ops_backend=self.config.ops_backend)
+        if self.critic is None:
+            return outputs
+        return (*outputs, self.critic(*inputs[:3]))
+
+    @torch.no_grad()
+    def forward(self, rollout: Rollout, mask: Tensor, *, logprobs: bool) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Reference log-probs (None without a reference), values and, when asked, the policy's own log-probs.
+
+        Each [B, T]: at the tokens of `mask`, 0 elsewhere. A masked column past the end of a response is a pad token.
+        """
+        wanted = replace(rollout, mask=mask, tokens=torch.where(rollout.mask, rollout.tokens, self.pad_id))
+        zeros = torch.zeros(
+            mask.shape,
+            dtype=torch.float64 if self.config.dtype == "float64" else torch.float32,
+            device=self.world.device,
+        )
+        found: dict[str, Tensor] = {"values": zeros}
+        if self.reference is not None:
+            found["reference"] = zeros.clone()
+        if logprobs:
+            found["logprobs"] = zeros.clone()
+        lengths = sequence_lengths(wanted)
+        for batch in micro_batches(lengths, self.config.micro_batch_tokens, self.world):
+            part = wanted.select(batch or [0])
+            inputs = part.sequences(self.pad_id)
+            flat = self._frozen_outputs(inputs, logprobs)
+            if batch:
+                for name, into in found.items():
+                    into[batch] = part.scatter(flat[name])
+        return found.get("reference"), found["values"], found.get("logprobs")
+
+    def _frozen_outputs(self, inputs: Inputs, logprobs: bool) -> dict[str, Tensor]:
+        arguments = {"temperature": self.config.temperature, "ops_backend": self.config.ops_backend}
+        flat: dict[str, Tensor] = {}
+        if self.critic is not None:
+            flat["values"] = self.critic(*inputs[:3])
+        if logprobs or self.critic is None:
+            outputs = self.policy(*inputs, **arguments)
+            flat["logprobs"] = outputs[0]
+            if self.critic is None:
+                flat["values"] = outputs[2]
+        if self.reference is not None:
+            flat["reference"] = self.reference(*inputs, **arguments)[0]
+        return flat
+
+    def backward(self, policy_loss: Tensor, value_loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of one micro-batch; on a shared trunk vf_coef weighs the value loss."""
+        if self.critic is None:
+            self.policy.backward(policy_loss + self.config.vf_coef * value_loss, last=last)
+        else:
+            self.policy.backward(policy_loss, last=last)
+            self.critic.backward(value_loss, last=last)
+
+
+def sequence_lengths(rollout: Rollout) -> list[int]:
+    """Tokens of each row's prompt and response together."""
+    return [len(prompt) + n for prompt, n in zip(rollout.prompt_ids, rollout.lengths.tolist(), strict=True)]
