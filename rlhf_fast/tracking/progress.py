@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from rlhf_fast.tracking.numbers import duration, short
 
-_BAR = "{desc} {n_fmt}/{total_fmt} {bar} {elapsed} + {remaining}{postfix}"
+_BAR = "{desc} {n_fmt}/{total_fmt} {bar} {remaining} left{postfix}"
 
 
 class Progress:
