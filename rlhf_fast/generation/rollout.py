@@ -28,7 +28,8 @@ class Rollout:
     @property
     def finished(self) -> Tensor:
         """[B] bool: ended by EOS, a stop token or a stop string; False: cut by max_tokens or abort."""
-        return torch.tensor([reason == "stop" for reason in self.finish_reasons], device=self.mask.device)
+        ended = [reason == "stop" for reason in self.finish_reasons]
+        return torch.tensor(ended, dtype=torch.bool, device=self.mask.device)
 
     @property
     def lengths(self) -> Tensor:
@@ -43,7 +44,7 @@ class Rollout:
             positions [N] (of the state that predicts the token: its own place minus one), ids [N], all int64.
         """
         device, (count, width) = self.tokens.device, self.tokens.shape
-        prompt_lengths = torch.tensor([len(prompt) for prompt in self.prompt_ids], device=device)
+        prompt_lengths = torch.tensor([len(prompt) for prompt in self.prompt_ids], dtype=torch.int64, device=device)
         longest = int((prompt_lengths + self.lengths).max()) if count else 0
         padded = [prompt + [pad_id] * (longest + width - len(prompt)) for prompt in self.prompt_ids]
         input_ids = torch.tensor(padded, dtype=torch.int64, device=device).reshape(count, longest + width)

@@ -20,28 +20,26 @@ class StopStrings:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], min_tokens: int):
         self.tokenizer, self.stop, self.min_tokens = tokenizer, list(stop), min_tokens
-        self.longest = max(map(len, self.stop))
         self.ids: list[int] = []
         self.text = ""
         self.end: int | None = None  # where the stop string begins in `text`
         self._context = 0  # tokens from here on are decoded together
         self._read = 0  # tokens before this one are in the text
-        self._search_from = 0
 
     def add(self, token: int) -> bool:
-        """Takes the row's next token; True when a stop string has appeared. None is looked for before min_tokens."""
+        """Takes the row's next token; True when it completes a stop string. None counts before min_tokens tokens."""
         self.ids.append(token)
         old = self._decode(self.ids[self._context : self._read])
         new = self._decode(self.ids[self._context :])
-        if len(new) > len(old) and not new.endswith(INCOMPLETE):
-            self.text += new[len(old) :]
-            self._context, self._read = self._read, len(self.ids)
-        if len(self.ids) < self.min_tokens:
-            self._search_from = len(self.text)
+        if len(new) <= len(old) or new.endswith(INCOMPLETE):
             return False
-        found = [self.text.find(stop, self._search_from) for stop in self.stop]
+        known = len(self.text)
+        self.text += new[len(old) :]
+        self._context, self._read = self._read, len(self.ids)
+        if len(self.ids) < self.min_tokens:
+            return False
+        found = [self.text.find(stop, max(0, known - len(stop) + 1)) for stop in self.stop]  # it ends in the new part
         self.end = min((place for place in found if place >= 0), default=None)
-        self._search_from = max(self._search_from, len(self.text) - self.longest + 1)
         return self.end is not None
 
     def _decode(self, ids: list[int]) -> str:
