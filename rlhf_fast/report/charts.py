@@ -206,7 +206,7 @@ def _looks(drawn: Sequence[tuple[Curve, Any, Any]]) -> list[str]:
 
 
 def _drawable(value: float | None, log: bool) -> float | None:
-    return None if value is None or (log and value <= 0) else value
+    return None if value is None or (log and value < 1e-30) else value
 
 
 def _rounded(value: float | None) -> float | None:

@@ -28,8 +28,8 @@ def summary_table(output_dir: Path) -> str:
     rows = [
         (headline.label, headline.before or "", headline.value, headline.note) for headline in change_headlines(run)
     ]
-    table = [("", "before", "after", ""), *rows]
-    widths = [max(_width(row[column]) for row in table) for column in range(3)]
+    table = [("", "before", "after", ""), *rows] if rows else []
+    widths = [max((_width(row[column]) for row in table), default=0) for column in range(3)]
     lines = [
         "  ".join(
             [_pad(name, widths[0]), _pad(before, widths[1], right=True), _pad(after, widths[2], right=True), note]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -35,8 +36,15 @@ class Progress:
         self._disable = disable
         self._bar: tqdm | None = None
         if not disable and sys.stderr.isatty():
+            knows_width = os.get_terminal_size(sys.stderr.fileno()).columns > 0
             self._bar = tqdm(
-                total=total, initial=initial, desc=description, dynamic_ncols=True, bar_format=_BAR, file=sys.stderr
+                total=total,
+                initial=initial,
+                desc=description,
+                dynamic_ncols=knows_width,
+                ncols=None if knows_width else 100,
+                bar_format=_BAR,
+                file=sys.stderr,
             )
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
