@@ -26,7 +26,7 @@ from rlhf_fast.config import TrainerConfig
 from rlhf_fast.config_loading import check_resume, save_config
 from rlhf_fast.distributed import World, any_rank, broadcast_object
 from rlhf_fast.engine import Engine
-from rlhf_fast.errors import NonFiniteError
+from rlhf_fast.errors import ConfigError, NonFiniteError
 from rlhf_fast.report import write_report
 from rlhf_fast.tracking import MetricsLogger, PhaseTimer, Progress, SampleLog, peak_memory_gb
 
@@ -255,7 +255,10 @@ def open_run_folder(config: TrainerConfig, world: World, *, resume: bool) -> Pat
             aside = _free_name(folder)
             folder.rename(aside)
             print(f"{folder} held a run; it is now {aside}", file=sys.stderr)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output_dir: {folder} cannot be made: {error.strerror}; choose another") from None
         save_config(config, folder / "config.yaml")
     return broadcast_object(checkpoint, world)
 
