@@ -116,8 +116,8 @@ def warnings(run: Run) -> list[str]:
         found.append(f"The run has not finished: the last step is {run.last_step:,}{of}.")
     dropped = max(run.values("nonfinite_steps"), default=0)
     if dropped:
-        steps = f"{short(dropped)} step{'s' * (dropped > 1)}"
-        found.append(f"{steps} changed nothing because a reward, loss or gradient was not finite.")
+        updates = f"{short(dropped)} step{'s' * (dropped > 1)}"
+        found.append(f"{updates} changed nothing because a reward, loss or gradient was not finite.")
     holes: dict[tuple[int, ...], list[str]] = {}
     for key in dict.fromkeys(key for row in run.rows for key in row):
         steps = tuple(row["step"] for row in run.rows if key in row and row[key] is None)

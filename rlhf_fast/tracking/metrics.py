@@ -28,7 +28,7 @@ class MetricsLogger:
             dropped, and TensorBoard hides its own. 0: a new run, old files are emptied.
 
     Raises:
-        ConfigError: a name in `report_to` is unknown or its package is not installed.
+        ConfigError: a name in `report_to` is unknown, its package is not installed, or wandb refuses to start.
     """
 
     def __init__(
@@ -44,13 +44,10 @@ class MetricsLogger:
         unknown = set(report_to) - {"tensorboard", "wandb"}
         if unknown:
             raise ConfigError(f"report_to: {sorted(unknown)[0]!r} is not known; use tensorboard, wandb, or neither: []")
-        # Before the files are opened: a missing package must not have emptied an old run's metrics.
+        # Before any file is opened: what cannot start must not have emptied an old run's metrics.
+        name = run_name or output_dir.resolve().name
+        self._wandb = _wandb(output_dir, name, config, resume_step) if "wandb" in report_to else None
         self._tensorboard = _tensorboard(output_dir, resume_step) if "tensorboard" in report_to else None
-        self._wandb = (
-            _wandb(output_dir, run_name or output_dir.resolve().name, config, resume_step)
-            if "wandb" in report_to
-            else None
-        )
         self._lines = JsonLines(output_dir / "metrics.jsonl", resume_step)
         self._events = JsonLines(output_dir / "events.jsonl", resume_step)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -111,8 +108,13 @@ def _wandb(output_dir: Path, name: str, config: Mapping[str, Any], resume_step: 
     id_file = output_dir / "wandb" / "run_id"
     id_file.parent.mkdir(parents=True, exist_ok=True)
     run_id = id_file.read_text().strip() if resume_step and id_file.exists() else None
-    run = wandb.init(
-        project="rlhf_fast", name=name, config=dict(config), dir=str(output_dir), id=run_id, resume="allow"
-    )
+    try:
+        run = wandb.init(
+            project="rlhf_fast", name=name, config=dict(config), dir=str(output_dir), id=run_id, resume="allow"
+        )
+    except wandb.errors.Error as error:
+        raise ConfigError(
+            f"wandb could not start ({error}); run `wandb login`, set WANDB_MODE=offline, or set report_to=[]"
+        ) from error
     id_file.write_text(run.id)
     return run
