@@ -7,6 +7,7 @@ a new one of the same name is `.step-N.old` for a moment. Leftovers of a killed 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -52,7 +53,7 @@ def save_checkpoint(
     if world.is_main:
         with _on_failure(target):
             root.mkdir(parents=True, exist_ok=True)
-            _sweep(root)
+            _sweep(root, "step-*")
             _check_space(root)
     with atomic_dir(target, world) as folder:
         write(folder)
@@ -143,6 +144,7 @@ def atomic_write_text(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with _on_failure(path, remove=temporary):
+        _sweep(path.parent, glob.escape(path.name))
         with open(temporary, "w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
@@ -167,7 +169,7 @@ def atomic_dir(path: Path, world: World | None = None) -> Iterator[Path]:
     with _on_failure(path, remove=temporary if world.is_main else None):
         if world.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(path.parent, path.name)
+            _sweep(path.parent, glob.escape(path.name))
             temporary.mkdir()
         barrier(world)
         yield temporary
@@ -255,16 +257,23 @@ def _publish(temporary: Path, target: Path) -> None:
         shutil.rmtree(old)
 
 
-def _sweep(parent: Path, name: str = "step-*") -> None:
+def _sweep(parent: Path, pattern: str) -> None:
     """Remove what killed processes left behind; put a folder back whose successor never came."""
-    for old in parent.glob(f".{name}.old"):
+    for old in parent.glob(f".{pattern}.old"):
         target = parent / old.name.removeprefix(".").removesuffix(".old")
         if target.exists():
             shutil.rmtree(old)
         else:
             old.rename(target)
-    for stale in parent.glob(f".{name}.tmp-*"):
-        shutil.rmtree(stale)
+    for stale in parent.glob(f".{pattern}.tmp-*"):
+        _remove(stale)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _rotate(root: Path, step: int, keep: int, best: int | None) -> None:
@@ -304,7 +313,7 @@ def _on_failure(path: Path, remove: Path | None = None) -> Iterator[None]:
     except BaseException as error:
         if remove is not None:
             with contextlib.suppress(OSError):
-                shutil.rmtree(remove) if remove.is_dir() else remove.unlink(missing_ok=True)
+                _remove(remove)
         if isinstance(error, OSError):
             reason = error.strerror or str(error)
         elif isinstance(error, SafetensorError):

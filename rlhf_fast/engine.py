@@ -92,6 +92,8 @@ class Engine:
     ) -> None:
         if config.offload_optimizer and config.zero_stage == 0:
             raise ConfigError("offload_optimizer: needs zero_stage 1, 2 or 3")
+        if config.dtype == "float64" and config.zero_stage > 0:
+            raise ConfigError("dtype: float64 needs zero_stage 0; the others keep float32 weights")
         self._deepspeed = _import_deepspeed(world)
         self._world = world
         self._max_grad_norm = config.max_grad_norm
@@ -114,7 +116,7 @@ class Engine:
             if "not supported on your device" not in str(error):
                 raise
             raise ConfigError(
-                f"dtype: {config.dtype} does not train on this {world.device.type}; use float32"
+                f"dtype: {config.dtype} does not train on this {world.device.type}; use bfloat16 or float32"
             ) from None
         self._scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         if self._scaler is not None and self._scaler.dynamic:

@@ -1,0 +1,57 @@
+"""Run by test_engine.py under torchrun on two ranks, or alone: train, drop a bad step, save, resume, write findings."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from rlhf_fast.checkpoint import latest_checkpoint, save_checkpoint
+from rlhf_fast.engine import any_rank, init_distributed
+from tests.engine_cases import batch, engine, train_step, weights
+
+
+def main(folder: Path, stages: list[int]) -> None:
+    world = init_distributed("cpu")
+    for stage in stages:
+        ours = engine(world, stage)
+        norms, skipped = [], []
+        for step in range(4):
+            rows = batch(step).chunk(world.world_size)[world.rank].clone()
+            if step == 2 and world.rank == world.world_size - 1:
+                rows[0, 0] = float("nan")
+            result = train_step(ours, list(rows.split(2)))
+            norms.append(result.grad_norm)
+            skipped.append(result.skipped)
+        trained = weights(ours)
+        save_checkpoint(folder / f"checkpoints-{stage}", 3, ours.save, keep=1, world=world)
+        path = latest_checkpoint(folder / f"checkpoints-{stage}")
+        assert path is not None
+        other = engine(world, stage)
+        other.load(path)
+        for one in (ours, other):
+            rows = batch(4).chunk(world.world_size)[world.rank]
+            train_step(one, list(rows.split(2)))
+        differs = any(not torch.equal(a, b) for a, b in zip(weights(ours), weights(other), strict=True))
+        findings = {
+            "norms": norms,
+            "skipped": skipped,
+            "weights": trained,
+            "resumed_is_equal": not any_rank(differs, world),
+        }
+        if world.is_main:
+            torch.save(findings, folder / f"stage-{stage}.pt")
+    if world.world_size > 1:
+
+        def full_disk(path: Path) -> None:
+            if world.rank == 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        save_checkpoint(folder / "checkpoints-0", 9, full_disk, keep=1, world=world)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [int(stage) for stage in sys.argv[2:]])
