@@ -124,7 +124,10 @@ class RewardTrainer:
             sums = self.loss_sums([pairs[j] for j in batch] or self.eval_pairs[:1])
             totals += sums if batch else 0.0
         means = all_reduce_sum(totals, self.world) / len(self.eval_pairs)
-        return {f"eval/{name}": value for name, value in zip(SUMS, means.tolist(), strict=True)}
+        metrics = {f"eval/{name}": value for name, value in zip(SUMS, means.tolist(), strict=True)}
+        accuracy = metrics["eval/accuracy"]
+        metrics["eval/accuracy_stderr"] = (accuracy * (1 - accuracy) / len(self.eval_pairs)) ** 0.5  # binomial
+        return metrics
 
     def export(self, folder: Path) -> None:
         """Write the model as AutoModelForSequenceClassification loads it."""

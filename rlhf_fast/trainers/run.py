@@ -27,7 +27,7 @@ from rlhf_fast.config_loading import check_resume, save_config
 from rlhf_fast.distributed import World, any_rank, broadcast_object
 from rlhf_fast.engine import Engine
 from rlhf_fast.errors import ConfigError, NonFiniteError
-from rlhf_fast.report import write_report
+from rlhf_fast.report import summary_table, write_report
 from rlhf_fast.tracking import MetricsLogger, PhaseTimer, Progress, SampleLog, peak_memory_gb
 
 Metrics = dict[str, float]
@@ -104,10 +104,11 @@ class Run:
                     if stopping and self.step < self.total_steps:
                         self._say(f"stopped after step {self.step}; go on with --resume")
                         return
-                self._finish()
+                self._export()
         finally:
             progress.close()
             self._close_logs()
+        self._finish()
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Add to the row of the step under way."""
@@ -159,10 +160,14 @@ class Run:
                 self.best = (value, step)
         return metrics
 
-    def _finish(self) -> None:
+    def _export(self) -> None:
         with atomic_dir(self.folder / "final", self.world) as folder:
             self.export(folder)
-        self._say(f"finished; the model is in {self.folder / 'final'}")
+
+    def _finish(self) -> None:
+        if self.world.is_main:
+            print(summary_table(self.folder))
+            print(f"\nmodel: {self.folder / 'final'}\nreport: {self.folder / 'report.html'}\n", flush=True)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -222,7 +227,10 @@ class Run:
         if self._metrics is not None and self._samples is not None:
             self._metrics.close()
             self._samples.close()
-            write_report(self.folder)
+            try:
+                write_report(self.folder)
+            except OSError as error:  # a full disk: what ended the run is the better message
+                self._say(f"{self.folder / 'report.html'} could not be written: {error.strerror}")
 
     def _headline(self) -> Metrics:
         return {short: self._row[name] for name, short in self.headline.items() if name in self._row}
