@@ -88,7 +88,7 @@ def load_config(
 
 
 def parse_overrides(overrides: Sequence[str], cls: type) -> dict[str, Any]:
-    """ "key=value" strings as arguments of a dataclass, converted to its fields' types. Raises ConfigError."""
+    """Arguments of a dataclass from "key=value" strings, converted to its fields' types. Raises ConfigError."""
     values, problems = _convert_all(_split_overrides(overrides, get_type_hints(cls)), cls)
     raise_problems(problems)
     return values
@@ -122,7 +122,8 @@ def _override_value(override: str, text: str, hint: Any) -> Any:
 
 def _convert_all(given: dict[str, Given], cls: type) -> tuple[dict[str, Any], list[str]]:
     """The values in their types, and what is wrong with the others."""
-    hints = {field.name: get_type_hints(cls)[field.name] for field in dataclasses.fields(cls)}
+    types = get_type_hints(cls)
+    hints = {field.name: types[field.name] for field in dataclasses.fields(cls)}
     values, problems = {}, []
     for key, entry in given.items():
         if key not in hints:

@@ -26,8 +26,8 @@ class Range:
         return (self.low < x if self.above else self.low <= x) and (x < self.high if self.below else x <= self.high)
 
     def __str__(self) -> str:
-        low = f"{'more than' if self.above else 'at least'} {self.low:g}"
-        high = f"{'less than' if self.below else 'at most'} {self.high:g}"
+        low = f"{'more than' if self.above else 'at least'} {self.low:.10g}"
+        high = f"{'less than' if self.below else 'at most'} {self.high:.10g}"
         return low if math.isinf(self.high) else f"{low} and {high}"
 
 

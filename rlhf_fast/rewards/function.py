@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,6 +46,7 @@ class FunctionReward(Reward):
     def _score(self, prompts: list[Prompt], completions: list[str], columns: dict[str, list[Any]]) -> RewardScores:
         # Copies: a function that sorts or edits what it gets must not reach the data.
         given = _copied({"prompts": prompts, "completions": completions, **columns})
+        given["prompts"], given["completions"] = _Rows(given["prompts"]), _Rows(given["completions"])
         args, kwargs = self._arguments(given)
         try:
             returned = self._call(lambda: self.function(*args, **kwargs))
@@ -109,20 +110,47 @@ class FunctionReward(Reward):
         return f" at {Path(self.file).name}:{lines[-1]}" if lines else ""
 
     def _row(self, frames: list[FrameType], given: dict[str, Any]) -> str:
-        """The row that the code was busy with, as far as its variables tell."""
+        """The row that the code was busy with, as far as can be told."""
         prompts, completions = given["prompts"], given["completions"]
+        taken = _last_taken(prompts, completions)
         for frame in reversed(frames):
             held = {id(value) for value in frame.f_locals.values()}
-            # Loop variables are the very objects that were given.
+            # Loop variables are the very objects that were given. (Since Python 3.12 those of comprehensions are gone.)
             found = [(id(c) in held) + (id(p) in held) for p, c in zip(prompts, completions, strict=True)]
             if any(found):
                 return describe_row(found.index(max(found)), prompts, completions)
-            if frame.f_code.co_filename == self.file:
-                for name in ("i", "idx", "index", "row"):
-                    number = frame.f_locals.get(name)
-                    if isinstance(number, int) and 0 <= number < len(completions):
-                        return describe_row(number, prompts, completions)
+        if taken is not None:
+            return f"the last row that it took was {describe_row(taken, prompts, completions)}"
         return f"the batch starts with {describe_row(0, prompts, completions)}"
+
+
+class _Rows(list[Any]):
+    """A list that knows which row was taken from it last: None: none, its length: the end was reached."""
+
+    last: int | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        for i, value in enumerate(super().__iter__()):
+            self.last = i
+            yield value
+        self.last = len(self)
+
+    def __getitem__(self, index: Any) -> Any:
+        value = super().__getitem__(index)
+        if isinstance(index, int):
+            self.last = index % len(self)
+        return value
+
+    def __reduce__(self) -> tuple[type[list[Any]], tuple[list[Any]]]:
+        return list, (self[:],)  # elsewhere, in another process, it is a plain list
+
+
+def _last_taken(prompts: _Rows, completions: _Rows) -> int | None:
+    rows = len(completions)
+    row = completions.last if completions.last not in (None, rows) else prompts.last
+    # zip() ends at the end of its first list, having taken the last row of the second.
+    ended = rows in (prompts.last, completions.last) and row == rows - 1
+    return None if ended or row == rows else row
 
 
 def _copied(value: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -150,6 +152,21 @@ def test_what_it_changes_stays_its_own() -> None:
     assert (prompts, completions, answer) == ([[{"role": "user", "content": "Hi"}]], ["b"], [[1]])
 
 
+def test_the_lists_pass_for_lists_in_other_processes_and_formats() -> None:
+    def check(prompts: list[str], completions: list[str]) -> list[int]:
+        assert isinstance(completions, list)
+        assert completions == COMPLETIONS
+        assert completions[1:] == ["dos!", "tres!!"]
+        assert json.loads(json.dumps(completions)) == COMPLETIONS
+        assert pickle.loads(pickle.dumps(completions)) == COMPLETIONS
+        assert type(pickle.loads(pickle.dumps(completions))) is list
+        assert sorted(completions) == ["dos!", "tres!!", "uno"]
+        assert completions[-1] == "tres!!"
+        return [len(c) for c in completions]
+
+    assert score(FunctionReward(check)) == LENGTHS
+
+
 def test_thread_and_loop_stay_from_batch_to_batch() -> None:
     """An HTTP client or database connection that a reward keeps is bound to them."""
     seen = []
@@ -186,7 +203,7 @@ RAISES = [
         def score(completions, **_):
             return [1 / (4 - len(c)) for c in completions]
         """,
-        rf"reward judge\.py:score raised ZeroDivisionError at judge\.py:2: division by zero; {ROW_1}\.",
+        rf"reward judge\.py:score raised ZeroDivisionError at judge\.py:2: division by zero; .*{ROW_1}\.",
     ),
     (
         """
@@ -208,24 +225,32 @@ RAISES = [
         def score(completions, **_):
             return [json.loads("1" * (c != "dos!")) for c in completions]
         """,
-        rf"raised JSONDecodeError at judge\.py:3: Expecting value.*; {ROW_1}\.",
+        rf"raised JSONDecodeError at judge\.py:3: Expecting value.*; .*{ROW_1}\.",
     ),
     (
         """
         def score(prompts, completions, **_):
             return [{"one": 1}[p] for p in prompts]
         """,
-        rf"raised KeyError at judge\.py:2: 'two'; {ROW_1}\.",
+        rf"raised KeyError at judge\.py:2: 'two'; .*{ROW_1}\.",
     ),
     (
         """
         def score(completions, **_):
             scores = []
-            for i in range(9):
-                scores.append(1 / (2 - i))
+            for i in range(len(completions)):
+                scores.append(1 / (6 - len(completions[i])))
             return scores
         """,
-        rf"raised ZeroDivisionError at judge\.py:4: .*; {ROW_2}\.",
+        rf"raised ZeroDivisionError at judge\.py:4: .*; the last row that it took was {ROW_2}\.",
+    ),
+    (
+        """
+        def score(prompts, completions, **_):
+            lengths = [len(p) + len(c) for p, c in zip(prompts, completions)]
+            return [n / 0 for n in lengths]
+        """,
+        r"raised ZeroDivisionError at judge\.py:3: .*; the batch starts with row 0",
     ),
     (
         """
