@@ -142,7 +142,7 @@ std::optional<RowLayout> row_layout(const Tensor& logits) {
 // Whether each row can be overwritten: rows of an expanded tensor share their memory.
 bool rows_are_disjoint(const Tensor& logits) {
   const auto layout = row_layout(logits);
-  if (!layout) return false;
+  if (!layout || logits.numel() == 0) return false;
   const int64_t vocabulary = logits.size(-1), inner = layout->inner, outer = logits.numel() / vocabulary / inner;
   const int64_t a = inner > 1 ? layout->inner_stride : vocabulary, b = outer > 1 ? layout->outer_stride : inner * a;
   return (a >= vocabulary && b >= (inner - 1) * a + vocabulary) ||

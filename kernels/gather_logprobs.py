@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -205,7 +205,7 @@ def _forward(
     logits: Tensor, ids: Tensor, temperature: float, return_entropy: bool, ignore_index: int, inplace_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, entropy, stats: the largest logit and log2 of the sum of 2^t of each row [rows, 2])"""
-    logits = _with_rows(logits)
+    logits, layout = _with_rows(logits)
     logprobs, entropy, stats = _outputs(logits, ids, return_entropy)
     rows = ids.numel()
     if rows > 0:
@@ -216,12 +216,12 @@ def _forward(
                 logprobs,
                 entropy,
                 stats,
-                *_row_layout(logits),
+                *layout,
                 logits.shape[-1],
                 ignore_index,
                 LOG2E / temperature,
                 ENTROPY=return_entropy,
-                **_tile(logits),
+                **_launch_options(logits),
             )
     return logprobs, entropy, stats
 
@@ -280,7 +280,7 @@ def _launch_backward(
     temperature: float,
     ignore_index: int,
 ) -> None:
-    logits = _with_rows(logits)
+    logits, layout = _with_rows(logits)
     rows = ids.numel()
     if rows == 0:
         return
@@ -293,12 +293,12 @@ def _launch_backward(
             ids.contiguous(),
             entropy,
             stats,
-            *_row_layout(logits),
+            *layout,
             logits.shape[-1],
             ignore_index,
             LOG2E / temperature,
-            SAME_LAYOUT=_row_layout(grad) == _row_layout(logits),
-            **_tile(logits),
+            SAME_LAYOUT=_row_layout(grad) == layout,
+            **_launch_options(logits),
         )
 
 
@@ -327,11 +327,16 @@ def _differentiate(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _row_layout(logits: Tensor) -> tuple[int, int, int] | None:
-    """(inner, outer_stride, inner_stride): row r starts at r // inner * outer_stride + r % inner * inner_stride.
+class _RowLayout(NamedTuple):
+    """Row r starts at element r // inner * outer_stride + r % inner * inner_stride."""
 
-    None when rows are not contiguous in themselves or lie in more than two levels of strides.
-    """
+    inner: int
+    outer_stride: int
+    inner_stride: int
+
+
+def _row_layout(logits: Tensor) -> _RowLayout | None:
+    """None when rows are not contiguous in themselves or lie in more than two levels of strides."""
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         return None
     levels: list[list[int]] = []  # [size, stride], from the inside out
@@ -345,34 +350,37 @@ def _row_layout(logits: Tensor) -> tuple[int, int, int] | None:
     if len(levels) > 2:
         return None
     (inner, inner_stride), (_, outer_stride) = (*levels, [1, 0], [1, 0])[:2]
-    return inner, outer_stride, inner_stride
+    return _RowLayout(inner, outer_stride, inner_stride)
 
 
 def _rows_are_disjoint(logits: Tensor) -> bool:
     """Whether each row can be overwritten: rows of an expanded tensor share their memory."""
     layout = _row_layout(logits)
-    if layout is None:
+    if layout is None or logits.numel() == 0:
         return False
-    inner, outer_stride, inner_stride = layout
     vocabulary = logits.shape[-1]
-    outer = logits.numel() // vocabulary // max(inner, 1)
-    a = inner_stride if inner > 1 else vocabulary
-    b = outer_stride if outer > 1 else inner * a
-    return (a >= vocabulary and b >= (inner - 1) * a + vocabulary) or (
+    outer = logits.numel() // vocabulary // layout.inner
+    a = layout.inner_stride if layout.inner > 1 else vocabulary
+    b = layout.outer_stride if outer > 1 else layout.inner * a
+    return (a >= vocabulary and b >= (layout.inner - 1) * a + vocabulary) or (
         b >= vocabulary and a >= (outer - 1) * b + vocabulary
     )
 
 
-def _with_rows(logits: Tensor) -> Tensor:
+def _with_rows(logits: Tensor) -> tuple[Tensor, _RowLayout]:
+    """The logits, copied if their rows cannot be addressed, and where their rows are."""
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"gather_logprobs: Triton takes float32, bfloat16 and float16 logits; got {logits.dtype}")
     if not (logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         raise ValueError(f"gather_logprobs: Triton needs logits on a GPU; got {logits.device}")
-    return logits if _row_layout(logits) is not None else logits.contiguous()
+    layout = _row_layout(logits)
+    if layout is not None:
+        return logits, layout
+    return logits.contiguous(), _RowLayout(max(logits.numel() // logits.shape[-1], 1), 0, logits.shape[-1])
 
 
-def _tile(logits: Tensor) -> dict[str, int]:
-    """Threads that each hold one 16-byte vector at a time, no more than the row needs."""
+def _launch_options(logits: Tensor) -> dict[str, int]:
+    """THREADS that each hold one 16-byte VECTOR at a time, at most four to a thread of the GPU."""
     vector = 16 // logits.element_size()
     threads = min(1024, max(32, triton.next_power_of_2(triton.cdiv(logits.shape[-1], vector))))
-    return {"THREADS": threads, "VECTOR": vector, "num_warps": min(8, threads // 32)}
+    return {"THREADS": threads, "VECTOR": vector, "num_warps": min(8, threads // 32), "enable_fp_fusion": True}
