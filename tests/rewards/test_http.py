@@ -103,7 +103,7 @@ def ask(server: Server, url: str | None = None, timeout: float | None = 30, **op
 
 
 def test_batches_with_columns(server: Server) -> None:
-    assert ask(server, batch_size=2) == LENGTHS
+    assert ask(server, batch_size=2, timeout=None) == LENGTHS
     assert server.asked == [
         {"prompts": PROMPTS[0:2], "completions": COMPLETIONS[0:2], "answer": [1, 2]},
         {"prompts": PROMPTS[2:4], "completions": COMPLETIONS[2:4], "answer": [3, 4]},
