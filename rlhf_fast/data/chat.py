@@ -8,12 +8,15 @@ tokenizer would merge across the border.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.data.schema import Messages, RowError, Text, as_messages
 from rlhf_fast.errors import ConfigError
+
+if TYPE_CHECKING:  # takes seconds to import, and whoever passes a tokenizer has it
+    from transformers import PreTrainedTokenizerBase
 
 _PROBE_REPLY = "Answer"
 
@@ -188,7 +191,7 @@ class ChatFormat:
         for i in turns:
             begin = self._render(messages[:i], reply=True) if i else whole[: self._opening_end(whole)]
             end = self._begun(self._render(messages[: i + 1]), whole)
-            if not (whole.startswith(end) and end.startswith(begin) and done <= len(begin) < len(end)):
+            if not (whole.startswith(end) and end.startswith(begin) and done <= len(begin)):
                 raise RowError(
                     None,
                     f"{self._template_name} writes assistant turn {i + 1} differently when it asks for it, or once "

@@ -119,6 +119,19 @@ def test_datasets_folder_keeps_a_selection_and_its_order(tmp_path: Path) -> None
     assert [r["prompt"] for r in rows] == ["7", "2", "5"]
 
 
+def test_rows_of_many_chunks(tmp_path: Path) -> None:
+    from datasets import Dataset, concatenate_datasets
+
+    parts = [Dataset.from_dict({"prompt": [str(i) for i in range(a, a + 1250)]}) for a in (0, 1250)]
+    dataset = concatenate_datasets(parts)
+    dataset.save_to_disk(tmp_path / "d")
+    dataset.to_parquet(tmp_path / "d.parquet")
+    for name in ("d", "d.parquet"):
+        rows = load_rows(tmp_path / name, kind="prompt")
+        assert [r["prompt"] for r in rows] == [str(i) for i in range(2500)]
+        assert [line for _, line in rows.places] == list(range(1, 2501))
+
+
 def test_nulls_are_absent_fields(tmp_path: Path) -> None:
     """Parquet writes the union of all rows' fields, nested ones too."""
     from datasets import Dataset
@@ -237,6 +250,13 @@ def test_unreadable_file(tmp_path: Path) -> None:
 
 
 # Rows that do not load
+
+
+def test_offsets_count_the_bom(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf"\xff"\n\n"\xff"')
+    message = error(str(tmp_path / "a.jsonl"))
+    assert "a.jsonl:1: not UTF-8: byte 0xff at offset 1 of the line, 4 of the file" in message
+    assert "a.jsonl:3: not UTF-8: byte 0xff at offset 1 of the line, 9 of the file" in message
 
 
 @pytest.mark.parametrize(
