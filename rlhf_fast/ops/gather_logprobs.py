@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, overload
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from rlhf_fast.ops import _checks, reference
 from rlhf_fast.ops._dispatch import Backend, Implementation, choose_backend, load_compiled_ops
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("cpp", "reference")
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("triton", "cpp", "reference")
 
 
 @overload
@@ -67,16 +68,18 @@ def gather_logprobs(
         logprobs [...], or (logprobs, entropy): float64 for float64 logits, else float32; both differentiable.
 
     Raises:
-        TypeError: a wrong dtype. ValueError: a wrong shape or number, ids out of range on the CPU (on a GPU their
-        log-probs are NaN), a backend that there is not.
+        TypeError: a wrong dtype (float64 for Triton among them). ValueError: a wrong shape or number, ids out of range
+        on the CPU (on a GPU their log-probs are NaN), a backend that there is not. rlhf_fast.errors.BuildError: the C++
+        ops cannot be built.
     """
     _checks.logits("gather_logprobs", logits)
     _checks.ids("gather_logprobs", ids, logits.shape[:-1], "logits' without V", logits.device)
     _checks.temperature("gather_logprobs", temperature)
+    if backend == "auto" and logits.is_cuda and logits.dtype == torch.float64:
+        backend = "reference"  # the Triton kernel computes in float32
     implementation = choose_backend("gather_logprobs", backend, IMPLEMENTATIONS, logits.device)
-    if implementation == "cpp":
-        load_compiled_ops()
-        logprobs, entropy = torch.ops.rlhf_fast.gather_logprobs(
+    if implementation != "reference":
+        logprobs, entropy = _compiled(implementation)(
             logits, ids, temperature, return_entropy, ignore_index, inplace_backward
         )
         return (logprobs, entropy) if return_entropy else logprobs
@@ -90,3 +93,12 @@ def gather_logprobs(
         ignore_index=ignore_index,
         inplace_backward=inplace_backward,
     )
+
+
+def _compiled(implementation: Implementation) -> Callable[..., tuple[Tensor, Tensor]]:
+    if implementation == "cpp":
+        load_compiled_ops()
+        return torch.ops.rlhf_fast.gather_logprobs
+    from rlhf_fast.kernels import gather_logprobs as kernel  # not at the top: a machine may have no Triton
+
+    return kernel.gather_logprobs
