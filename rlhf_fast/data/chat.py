@@ -190,7 +190,7 @@ class ChatFormat:
         done = 0
         for i in turns:
             begin = self._render(messages[:i], reply=True) if i else whole[: self._opening_end(whole)]
-            end = self._begun(self._render(messages[: i + 1]), whole)
+            end = whole if i == turns[-1] else self._begun(self._render(messages[: i + 1]), whole)
             if not (whole.startswith(end) and end.startswith(begin) and done <= len(begin)):
                 raise RowError(
                     None,

@@ -120,7 +120,7 @@ def test_plain_strings_with_a_template_are_one_exchange() -> None:
     assert text(format, ids) == "Ho<|end|>"
     assert text(format, format.encode_completion("Hi", "")[1]) == "<|end|>"  # as a policy may say it
     bare = chat("{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}")
-    assert text(bare, bare.encode_completion("Hi", "")[1]) == "[assistant] <|end|>"
+    assert text(bare, bare.encode_completion("Hi", "")[1]) == "[assistant]<|end|>"
 
 
 def test_system_prompt_goes_where_there_is_none() -> None:
