@@ -78,7 +78,8 @@ def test_every_such_file_is_an_op(files: str, prefix: str) -> None:
 
 
 def test_every_kernel_has_a_bench() -> None:
-    kernels = {path.stem for pattern in ("kernels/[!_]*.py", "csrc/c*/*.c[pu]*") for path in ROOT.glob(pattern)}
+    patterns = ("kernels/[!_]*.py", "csrc/cpu/*.cpp", "csrc/cuda/*.cu")
+    kernels = {path.stem for pattern in patterns for path in ROOT.glob(pattern)}
     assert kernels, "no kernels found"
     for op in kernels:
         assert (ROOT / f"bench/ops/bench_{op}.py").is_file(), f"{op} has a kernel and no bench"

@@ -27,7 +27,7 @@ def token_count(mask: Tensor, num_tokens: int | float | Tensor | None, dtype: to
         return mask.sum().clamp(min=1).to(dtype)
     if isinstance(num_tokens, Tensor):
         return num_tokens.detach().reshape(()).to(dtype).clamp(min=1)
-    return torch.tensor(num_tokens, dtype=dtype, device=mask.device)
+    return torch.full((), num_tokens, dtype=dtype, device=mask.device)  # torch.tensor would wait for the GPU
 
 
 def kl_terms(difference: Tensor, estimator: KLEstimator) -> Tensor:

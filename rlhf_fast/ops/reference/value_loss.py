@@ -27,7 +27,7 @@ def value_loss(
 
     error = (values - returns).square()
     if cliprange_value is None:
-        return ValueLoss(0.5 * error.sum() / count, {"value_clip_fraction": torch.zeros_like(count)})
+        return ValueLoss(0.5 * error.sum() / count, {"value_clip_fraction": error.new_zeros(())})
     near_old = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
     clipped_error = (near_old - returns).square()
     loss = 0.5 * torch.maximum(error, clipped_error).sum() / count
