@@ -79,6 +79,7 @@ class Generator:
         self.model, self.tokenizer = inner, tokenizer
         self.max_batch_size, self.ops_backend = max_batch_size, ops_backend
         self.stats = GeneratorStats("transformers")
+        self._can_batch: bool | None = None  # tried at need
         self._abort = threading.Event()
         self._busy = threading.Lock()
 
@@ -198,14 +199,15 @@ class Generator:
     def _batches(self, limits: list[int], lengths: list[int]) -> list[list[int]]:
         """Rows decoded together: of like length, so that padding is small, and with one limit, so that no row runs past
         the model's context while it waits for the others."""
-        order = sorted(range(len(limits)), key=lambda row: (-limits[row], lengths[row]))
+        if self._can_batch is None and len(limits) > 1:
+            self._can_batch = transformers_backend.can_batch(self.model)
+        size = self.max_batch_size if self._can_batch else 1
         batches: list[list[int]] = []
-        for row in order:
-            last = batches[-1] if batches else []
-            if not last or len(last) == self.max_batch_size or limits[last[0]] != limits[row]:
-                batches.append([row])
+        for row in sorted(range(len(limits)), key=lambda row: (-limits[row], lengths[row])):
+            if batches and len(batches[-1]) < size and limits[batches[-1][0]] == limits[row]:
+                batches[-1].append(row)
             else:
-                last.append(row)
+                batches.append([row])
         return batches
 
     def _seeds(self, count: int, params: SamplingParams, seeds: Sequence[int] | None) -> list[int]:
@@ -260,14 +262,23 @@ class Generator:
         )
 
     def _count(self, prompts: list[list[int]], mask: Tensor) -> None:
-        stats, config = self.stats, self.model.config.get_text_config()
+        stats = self.stats
         stats.prompt_tokens += sum(map(len, prompts))
         stats.generated_tokens += int(mask.sum())
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        token_bytes = 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
         cached = len(prompts) * (max(map(len, prompts)) + mask.shape[1])
-        stats.peak_cache_bytes = max(stats.peak_cache_bytes, cached * token_bytes)
+        stats.peak_cache_bytes = max(stats.peak_cache_bytes, cached * _cache_bytes(self.model))
+
+
+def _cache_bytes(model: Any) -> int:
+    """Keys and values of one token, by the config; 0 where it does not say: no attention, or layers that differ."""
+    config = model.config.get_text_config()
+    try:
+        heads = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+        return 2 * config.num_hidden_layers * key_value_heads * size * model.dtype.itemsize
+    except (AttributeError, RuntimeError):
+        return 0
 
 
 def _put(results: _Results, batch: list[int], decoded: transformers_backend.Decoded) -> None:

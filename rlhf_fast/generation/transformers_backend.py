@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from rlhf_fast.errors import NonFiniteError
 
-from .params import FinishReason
+from .params import FinishReason, SamplingParams
 from .sampler import Sampler
 from .stop_strings import StopStrings
 
@@ -154,6 +155,32 @@ def decode(
             synced_gpus=False,  # under ZeRO-3 the weights are gathered before a rollout
         )
     return decoding.result()
+
+
+def can_batch(model: PreTrainedModel) -> bool:
+    """Whether a row decodes the same beside a longer one, padding before it; tried on a few tokens, warns if not.
+
+    RWKV, for one, reads padding as text. Too strict an answer costs speed alone.
+    """
+    greedy = SamplingParams(temperature=0, max_tokens=2)
+    device = model.device
+    step = max(model.get_input_embeddings().weight.shape[0] // 8, 1)
+    short, long = [step], [step * i for i in range(2, 7)]
+
+    def logprobs(prompts: list[list[int]]) -> Tensor:
+        rows, none = len(prompts), torch.tensor([], dtype=torch.int64, device=device)
+        sampler = Sampler(greedy, prompts, [0] * rows, [0] * rows, none)
+        return decode(model, prompts, sampler, limit=2, stop_ids=none, watchers=None, abort=threading.Event()).logprobs[
+            0
+        ]
+
+    rounding = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
+    same = bool((logprobs([short]) - logprobs([short, long])).abs().max() < rounding)
+    if not same:
+        warnings.warn(
+            f"{type(model).__name__} does not decode in batches; prompts are decoded one by one", stacklevel=2
+        )
+    return same
 
 
 @contextlib.contextmanager

@@ -39,7 +39,9 @@ class LMHead(nn.Module):
         config = model.config.get_text_config()
         self.weight = output.weight
         self.register_parameter("bias", getattr(output, "bias", None))
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma
+        self.softcap: float | None = None
+        for name in ("final_logit_softcapping", "logits_soft_cap"):  # Gemma, RecurrentGemma
+            self.softcap = self.softcap or getattr(config, name, None)
         self.scale = 1.0
         for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
             if isinstance(getattr(config, name, None), int | float):

@@ -123,9 +123,9 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, fold
 
     folder = Path(folder)
     inner: Any = unwrap(model)
-    scores = any("ForSequenceClassification" in name for name in [type(inner).__name__])
+    scores = "ForSequenceClassification" in type(inner).__name__
     text_config = inner.config.get_text_config()
-    if scores and tokenizer is not None and text_config.pad_token_id is None:
+    if scores and tokenizer is not None and getattr(text_config, "pad_token_id", None) is None:
         text_config.pad_token_id = tokenizer.pad_token_id  # transformers scores no batch without it
     with _quiet():
         inner.save_pretrained(folder)

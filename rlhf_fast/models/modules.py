@@ -153,7 +153,8 @@ def supports_packing(model: nn.Module) -> bool:
 
 def decoder_of(model: Any) -> nn.Module:
     """The trunk of a causal language model: input ids -> last hidden states. The text part of a multimodal model."""
-    return model.get_decoder()
+    decoder = model.get_decoder()
+    return model.model if decoder is model else decoder  # Llama 4 names no decoder
 
 
 def _states(
@@ -172,7 +173,8 @@ def _probe_ids(model: Any, count: int) -> Tensor:
     embedding = model.get_input_embeddings().weight
     step = max(embedding.shape[0] // (count + 2), 1)
     ids = torch.arange(1, count + 2, device=embedding.device) * step % embedding.shape[0]
-    return ids[ids != (model.config.get_text_config().pad_token_id or -1)][None, :count]
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    return ids[ids != (-1 if pad is None else pad)][None, :count]
 
 
 def _close(got: Tensor, wanted: Tensor) -> bool:

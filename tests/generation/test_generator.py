@@ -91,6 +91,18 @@ def test_tokens_depend_on_the_seed_not_on_the_batch() -> None:
     assert torch.equal(one.tokens, whole.tokens[::2])  # sample 0 is the same with n = 1
 
 
+def test_a_model_that_cannot_decode_in_batches_is_decoded_row_by_row() -> None:
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    torch.manual_seed(0)
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2)).eval()
+    with pytest.warns(UserWarning, match="RwkvForCausalLM does not decode in batches"):
+        rollout = Generator(model).rollout(PROMPTS, SamplingParams(n=2, max_tokens=6, seed=0))
+    with torch.no_grad():
+        logprobs = rollout.scatter(PolicyModel(model)(*rollout.sequences(0))[0])
+    torch.testing.assert_close(rollout.logprobs, logprobs, rtol=0, atol=1e-4)
+
+
 def test_seeds() -> None:
     generator = Generator(tiny_model("llama"))
     params = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -161,13 +173,15 @@ def test_min_tokens_puts_eos_off() -> None:
 
 def test_the_call_ends_with_the_last_row() -> None:
     model, steps = scripted_model([5, EOS] * 10, VOCABULARY, eos=EOS), 0
+    generator = Generator(model)
+    generator.rollout([[2], [2, 2]], SamplingParams(max_tokens=50))
 
     def count(*_: Any) -> None:
         nonlocal steps
         steps += 1
 
     model.transformer.register_forward_hook(count)
-    Generator(model).rollout([[2], [2, 2]], SamplingParams(max_tokens=50))
+    generator.rollout([[2], [2, 2]], SamplingParams(max_tokens=50))
     assert steps == 2
 
 
@@ -215,7 +229,9 @@ def test_a_completion_ends_where_the_context_does() -> None:
 
 
 def test_abort_from_another_thread_keeps_what_is_there() -> None:
-    model, generator = tiny_model("llama"), None
+    model = tiny_model("llama")
+    generator = Generator(model, max_batch_size=2)
+    generator.rollout(PROMPTS, SamplingParams(max_tokens=1))
     started, aborted, calls, result = threading.Event(), threading.Event(), 0, []
 
     def wait_at_the_third_step(*_: Any) -> None:
@@ -226,7 +242,6 @@ def test_abort_from_another_thread_keeps_what_is_there() -> None:
             aborted.wait(timeout=60)
 
     hook = model.model.register_forward_hook(wait_at_the_third_step)
-    generator = Generator(model, max_batch_size=2)
 
     def run() -> None:
         result.extend(generator.generate(PROMPTS, SamplingParams(max_tokens=100, ignore_eos=True, seed=2)))
