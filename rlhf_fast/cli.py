@@ -10,7 +10,9 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ several GPUs or nodes: torchrun --nproc_per_node 8 -m rlhf_fast.cli ppo --config
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     _set_environment()
+    warnings.showwarning = _show_warning
     args = _parser().parse_args(arguments)
     try:
         return args.run(args) or 0
@@ -44,6 +47,12 @@ def _set_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Models and data come from disk; a hub name is an error with a reason, not a time-out.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: object) -> None:
+    """The message alone: where in our code it arose is nothing a user can act on. Libraries' notes stay out."""
+    if not issubclass(category, DeprecationWarning | FutureWarning):
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -150,6 +159,7 @@ def _generate(args: argparse.Namespace) -> int:
         raise ConfigError("nothing to complete: give --prompt TEXT or --prompts FILE.jsonl")
     tokenizer = load_tokenizer(args.model)
     chat = ChatFormat(tokenizer)
+    params = replace(params, stop_token_ids=[*chat.stop_token_ids, *(params.stop_token_ids or [])])
     generator = Generator(load_causal_lm(args.model, dtype="float32"), tokenizer)
     completions = generator.generate([chat.encode_prompt(prompt) for prompt in prompts], params)
     for i, completion in enumerate(completions):

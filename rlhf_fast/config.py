@@ -46,7 +46,7 @@ class TrainerConfig:
     dtype: Dtype = "float32"
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload_optimizer: bool = False  # optimiser state and step on the CPU
-    ops_backend: Literal["auto", "triton", "cpp", "reference"] = "auto"
+    ops_backend: Literal["auto", "reference"] = "auto"  # auto: kernels where there are any; reference: plain PyTorch
 
     # The run
     seed: int = 0

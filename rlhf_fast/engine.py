@@ -330,7 +330,7 @@ def _import_deepspeed(world: World) -> ModuleType:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if world.device.type == "cpu":
         # Joining would compile a shared-memory all-reduce (half a minute); gloo does its work.
-        deepspeed.ops.__compatible_ops__ = {}
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed.init_distributed(
         dist_backend="gloo" if world.device.type == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False
     )

@@ -159,7 +159,7 @@ CASES = [
     _case("gamma above 1", _set(gamma=1.5), 2, "gamma", "1.5"),
     _case("no reward", _set(reward=""), 2, "reward"),
     # data
-    _case("no data file", _set(train_data="nowhere.jsonl"), 1, "nowhere.jsonl"),
+    _case("no data file", _set(train_data="nowhere.jsonl"), 2, "nowhere.jsonl"),
     _case("empty data file", lambda w: w.prompts(b""), 1, "prompts.jsonl", "no row"),
     _case("broken JSON", lambda w: w.prompts(b'{"prompt": "a"}\n{"prompt": "b"\n'), 1, "prompts.jsonl:2", "JSON"),
     _case("JSON but no object", lambda w: w.prompts(b'{"prompt": "a"}\n[1]\n'), 1, "prompts.jsonl:2"),
@@ -169,7 +169,7 @@ CASES = [
     _case("prompts too long", _set(max_prompt_length=0), 2, "max_prompt_length"),
     _case("prompt too long", lambda w: w.prompts(b'{"prompt": "' + b"a" * 900 + b'"}\n'), 1, "prompts.jsonl:1", "256"),
     # model folder
-    _case("no model folder", _set(model_name_or_path="meta-llama/Llama-9"), 1, "meta-llama/Llama-9"),
+    _case("no model folder", _set(model_name_or_path="meta-llama/Llama-9"), 2, "meta-llama/Llama-9"),
     _case("no config.json", lambda w: (w.model / "config.json").unlink(), 1, "config.json"),
     _case("unknown architecture", lambda w: w.model_config(model_type="llamma"), 1, "llamma"),
     _case("pickled weights", _pickled, 1, "pytorch_model.bin", "safetensors"),
@@ -180,7 +180,7 @@ CASES = [
     _case("remote code", _remote_code, 1, "trust_remote_code"),
     _case("no tokenizer", _no_tokenizer, 1, "tokenizer"),
     # rewards
-    _case("no reward file", _set(reward="nowhere.py:f"), 1, "nowhere.py"),
+    _case("no reward file", _set(reward="nowhere.py:f"), 2, "nowhere.py"),
     _case("no such function", lambda w: w.reward("godo"), 1, "godo", "good"),
     _case("not a function", lambda w: w.reward("not_a_function"), 1, "not_a_function"),
     _case("reward raises", lambda w: w.reward("raises"), 1, "rewards.py", "raises", "ZeroDivisionError"),

@@ -39,7 +39,7 @@ class ModelReward(Reward):
             self.model = load_scalar_model(folder, dtype="float32").to(self.device).eval()
         except ModelError as error:
             raise RewardError(f"{self.label}: {error}") from error
-        self.chat = ChatFormat(self.tokenizer)
+        self.chat = ChatFormat(self.tokenizer, system_prompt=getattr(self.model.config, "system_prompt", None))
         config: Any = self.model.config.get_text_config()
         self.max_tokens = getattr(config, "max_position_embeddings", None)
         self.vocab_size = config.vocab_size

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.data import PromptExample
+from rlhf_fast.data import ChatFormat, PromptExample
 from rlhf_fast.distributed import World, all_reduce_sum
 from rlhf_fast.generation import Generator, Rollout, SamplingParams
 from rlhf_fast.rewards import Reward, RewardScores
@@ -63,7 +63,13 @@ class Scored:
 
 
 def sample(
-    generator: Generator, prompts: Sequence[PromptExample], config: PPOConfig, *, step: int, rank: int
+    generator: Generator,
+    prompts: Sequence[PromptExample],
+    config: PPOConfig,
+    *,
+    chat: ChatFormat,
+    step: int,
+    rank: int,
 ) -> Rollout:
     """Complete each prompt num_generations times; step 0 is evaluation: once, always with the same random numbers."""
     params = SamplingParams(
@@ -74,7 +80,7 @@ def sample(
         min_p=config.min_p,
         max_tokens=config.max_new_tokens,
         min_tokens=config.min_new_tokens,
-        stop_token_ids=config.stop_token_ids,
+        stop_token_ids=[*chat.stop_token_ids, *(config.stop_token_ids or [])],
     )
     seeds = [mix_seed(config.seed, step, rank, i) for i in range(len(prompts))]
     return generator.rollout([prompt.prompt_ids for prompt in prompts], params, seeds=seeds)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from rlhf_fast import ops
 from rlhf_fast.algorithms import AdaptiveKLController, FixedKLController, dschat
 from rlhf_fast.config import PPOConfig
+from rlhf_fast.config_loading import check_config, check_paths
 from rlhf_fast.data import ChatFormat, EpochOrder, Examples, PromptExample, load_rows, prompt_dataset
 from rlhf_fast.distributed import all_reduce_max, all_reduce_sum, init_distributed
 from rlhf_fast.generation import Generator, Rollout
@@ -36,14 +38,18 @@ class PPOTrainer:
     """
 
     def __init__(self, config: PPOConfig, *, reward: Callable[..., Any] | None = None, resume: bool = False) -> None:
+        if reward is not None:  # config.yaml tells what was optimised
+            config = replace(config, reward=f"{reward.__module__}:{reward.__name__}")
+        check_config(config)
+        check_paths(config)
         self.config = config
         self.world = init_distributed()
         self.group = torch.distributed.group.WORLD if self.world.world_size > 1 else None
         seed_everything(config.seed)
         self.tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
-        chat = ChatFormat(self.tokenizer, system_prompt=config.system_prompt, chat_template=config.chat_template)
-        self.train_prompts = self._load(config.train_data, chat)
-        self.eval_prompts = self._load(config.eval_data or [], chat)
+        self.chat = ChatFormat(self.tokenizer, system_prompt=config.system_prompt, chat_template=config.chat_template)
+        self.train_prompts = self._load(config.train_data)
+        self.eval_prompts = self._load(config.eval_data or [])
         self.reward = load_reward(reward or config.reward, timeout=config.reward_timeout, device=str(self.world.device))
         prompts_per_step = config.batch_size // config.num_generations
         self.total_steps = count_steps(config, len(self.train_prompts), prompts_per_step)
@@ -103,7 +109,7 @@ class PPOTrainer:
     def rollout(self, prompts: Sequence[PromptExample], step: int) -> Rollout:
         """Sample num_generations completions of each prompt from the weights as they are."""
         with self.models.policy.gathered():
-            rollout = sample(self.generator, prompts, self.config, step=step, rank=self.world.rank)
+            rollout = sample(self.generator, prompts, self.config, chat=self.chat, step=step, rank=self.world.rank)
         self.generator.release_cache()
         return rollout
 
@@ -308,11 +314,11 @@ class PPOTrainer:
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 
-    def _load(self, path: str | list[str], chat: ChatFormat) -> Examples[PromptExample]:
+    def _load(self, path: str | list[str]) -> Examples[PromptExample]:
         if not path:
             return Examples([], [])
         rows = load_rows(path, kind="prompt", on_bad_row=self.config.on_bad_row)
-        return prompt_dataset(rows, chat, max_prompt_length=self.config.max_prompt_length)
+        return prompt_dataset(rows, self.chat, max_prompt_length=self.config.max_prompt_length)
 
     def _mini_batches(self, rows: int, step: int, epoch: int) -> Iterator[list[int]]:
         """A new permutation of the rows each epoch, the same one after a resume."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast.config import RewardConfig
+from rlhf_fast.config_loading import check_config, check_paths
 from rlhf_fast.data import ChatFormat, EpochOrder, Examples, PreferenceExample, load_rows, pad_right, preference_dataset
 from rlhf_fast.distributed import all_reduce_sum, init_distributed
 from rlhf_fast.engine import Engine
@@ -28,6 +29,8 @@ class RewardTrainer:
     """
 
     def __init__(self, config: RewardConfig, *, resume: bool = False) -> None:
+        check_config(config)
+        check_paths(config)
         self.config = config
         self.world = init_distributed()
         seed_everything(config.seed)
@@ -131,6 +134,8 @@ class RewardTrainer:
 
     def export(self, folder: Path) -> None:
         """Write the model as AutoModelForSequenceClassification loads it."""
+        if self.config.system_prompt is not None:  # rewards/model.py puts it before what it scores
+            self.model.config.system_prompt = self.config.system_prompt
         with self.scorer.gathered():
             save_model(self.model, self.tokenizer, folder)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config import SFTConfig
+from rlhf_fast.config_loading import check_config, check_paths
 from rlhf_fast.data import (
     ChatFormat,
     EpochOrder,
@@ -42,6 +43,8 @@ class SFTTrainer:
     """
 
     def __init__(self, config: SFTConfig, *, resume: bool = False) -> None:
+        check_config(config)
+        check_paths(config)
         self.config = config
         self.world = init_distributed()
         seed_everything(config.seed)

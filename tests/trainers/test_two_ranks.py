@@ -1,0 +1,83 @@
+"""The same commands under torchrun: two ranks train what one rank would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from .conftest import read_metrics, write_jsonl
+
+
+def run_on(ranks: int, command: str, config: dict[str, object], output_dir: Path) -> list[dict[str, float]]:
+    file = output_dir.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config | {"output_dir": str(output_dir), "report_to": []}))
+    launch = [sys.executable, "-m", "rlhf_fast.cli"]
+    if ranks > 1:
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            *launch[1:],
+        ]
+    done = subprocess.run(
+        [*launch, command, "--config", str(file)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    AutoModelForCausalLM.from_pretrained(output_dir / "final")
+    return read_metrics(output_dir)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_sft_on_two_ranks_equals_one(zero_stage: int, letters_model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": a * n, "completion": b * m} for a in "abc" for b in "xy" for n in (1, 3) for m in (1, 5, 9)]
+    config = {
+        "model_name_or_path": str(letters_model),
+        "train_data": write_jsonl(tmp_path / "train.jsonl", rows),
+        "eval_data": write_jsonl(tmp_path / "eval.jsonl", rows[::5]),
+        "batch_size": 8,
+        "micro_batch_tokens": 32,
+        "learning_rate": 1e-2,
+        "max_steps": 5,
+        "zero_stage": zero_stage,
+    }
+    one, two = (run_on(ranks, "sft", config, tmp_path / f"ranks{ranks}") for ranks in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss", "grad_norm", "num_tokens", "lr", "epoch"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5), (a["step"], name)
+    assert one[-1]["eval/loss"] == pytest.approx(two[-1]["eval/loss"], rel=1e-5)
+
+
+def test_ppo_runs_on_two_ranks(letters_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "reward.py").write_text(
+        "def reward(prompts, completions, **columns):\n    return [float(t.count('a')) for t in completions]\n"
+    )
+    config = {
+        "model_name_or_path": str(letters_model),
+        "train_data": write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": p} for p in "abcdefxy"]),
+        "eval_data": write_jsonl(tmp_path / "eval.jsonl", [{"prompt": p} for p in "xya"]),  # uneven on two ranks
+        "reward": f"{tmp_path / 'reward.py'}:reward",
+        "batch_size": 16,
+        "num_generations": 2,
+        "max_new_tokens": 6,
+        "num_mini_batches": 2,
+        "micro_batch_tokens": 16,
+        "learning_rate": 5e-3,
+        "max_steps": 3,
+        "zero_stage": 1,
+    }
+    rows = run_on(2, "ppo", config, tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["rollout/logprob_drift_max"] < 1e-4 for row in rows)
+    assert rows[0]["policy/clipfrac_avg"] < 0.5
