@@ -19,14 +19,8 @@ def run_on(ranks: int, command: str, config: dict[str, object], output_dir: Path
     file.write_text(yaml.safe_dump(config | {"output_dir": str(output_dir), "report_to": []}))
     launch = [sys.executable, "-m", "rlhf_fast.cli"]
     if ranks > 1:
-        launch = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-            *launch[1:],
-        ]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        launch = [sys.executable, *torchrun, *launch[1:]]
     done = subprocess.run(
         [*launch, command, "--config", str(file)],
         capture_output=True,
@@ -39,8 +33,7 @@ def run_on(ranks: int, command: str, config: dict[str, object], output_dir: Path
     return read_metrics(output_dir)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
-def test_sft_on_two_ranks_equals_one(zero_stage: int, letters_model: Path, tmp_path: Path) -> None:
+def test_sft_on_two_ranks_equals_one(letters_model: Path, tmp_path: Path) -> None:
     rows = [{"prompt": a * n, "completion": b * m} for a in "abc" for b in "xy" for n in (1, 3) for m in (1, 5, 9)]
     config = {
         "model_name_or_path": str(letters_model),
@@ -50,9 +43,10 @@ def test_sft_on_two_ranks_equals_one(zero_stage: int, letters_model: Path, tmp_p
         "micro_batch_tokens": 32,
         "learning_rate": 1e-2,
         "max_steps": 5,
-        "zero_stage": zero_stage,
+        "zero_stage": 2,
     }
-    one, two = (run_on(ranks, "sft", config, tmp_path / f"ranks{ranks}") for ranks in (1, 2))
+    one = run_on(1, "sft", config | {"zero_stage": 0}, tmp_path / "one")
+    two = run_on(2, "sft", config, tmp_path / "two")
     for a, b in zip(one, two, strict=True):
         for name in ("loss", "grad_norm", "num_tokens", "lr", "epoch"):
             assert a[name] == pytest.approx(b[name], rel=1e-5), (a["step"], name)
