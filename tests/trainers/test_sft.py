@@ -57,8 +57,8 @@ def test_packing_changes_neither_loss_nor_gradient(letters_model: Path, tmp_path
     (tmp_path / "packed").mkdir()
     (plain,) = train(letters_model, tmp_path / "plain")
     tokens = sum(len(row["prompt"]) + len(row["completion"]) + 1 for row in ROWS)
-    length = tokens // 6  # the rows fill six sequences to the last token, if the packing is good
-    options = {"packing": True, "max_length": length, "micro_batch_tokens": 2 * length, "batch_size": 6}
+    length = tokens // 6  # the rows fill six sequences and begin a seventh
+    options = {"packing": True, "max_length": length, "micro_batch_tokens": 2 * length, "batch_size": 7}
     (packed,) = train(letters_model, tmp_path / "packed", **options)
     assert packed["epoch"] == 1.0
     for name in ("loss", "grad_norm", "num_tokens", "eval/loss"):
