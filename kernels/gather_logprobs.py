@@ -27,20 +27,10 @@ LN2 = tl.constexpr(math.log(2.0))
 
 
 @triton.jit
-def _row_start(row, inner, outer_stride, inner_stride):
+def _row_start(row, offset, inner, outer_stride, inner_stride):
     # In elements, and in 64 bits, as rows times vocabulary passes 2^31. Two levels of strides: logits[:, :-1].
     row = row.to(tl.int64)
-    return row // inner * outer_stride + row % inner * inner_stride
-
-
-@triton.jit
-def _split(start, vocabulary, VECTOR: tl.constexpr):
-    # A row is a head up to the next 16-byte border, a body of whole vectors, and a tail shorter than a vector.
-    # The multiplication tells the compiler that `aligned` and `body` are multiples, so that it loads whole vectors.
-    aligned = (start + VECTOR - 1) // VECTOR * VECTOR
-    head = tl.minimum(aligned - start, vocabulary).to(tl.int32)
-    body = (vocabulary - head) // VECTOR * VECTOR
-    return aligned, head, body
+    return offset + row // inner * outer_stride + row % inner * inner_stride
 
 
 @triton.jit
@@ -61,13 +51,26 @@ def _add(x, largest, total, weighted, scale, ENTROPY: tl.constexpr):
     return maximum, total, weighted
 
 
-@triton.jit(do_not_specialize=["inner", "outer_stride", "inner_stride", "ignore_index"])
+@triton.jit
+def _add_all(logits, start, end, scale, ENTROPY: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
+    places = tl.arange(0, THREADS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    largest = tl.full([THREADS], -float("inf"), tl.float32)
+    total = tl.zeros([THREADS], tl.float32)
+    weighted = tl.zeros([THREADS], tl.float32)
+    for first in range(0, end, THREADS * VECTOR):
+        x = tl.load(logits + start + first + places, mask=first + places < end, other=-float("inf"))
+        largest, total, weighted = _add(x, largest, total, weighted, scale, ENTROPY)
+    return largest, total, weighted
+
+
+@triton.jit(do_not_specialize=["offset", "inner", "outer_stride", "inner_stride", "ignore_index"])
 def _forward_kernel(
     logits,
     ids,
     logprobs,
     entropy,
     stats,
+    offset,
     inner,
     outer_stride,
     inner_stride,
@@ -88,17 +91,17 @@ def _forward_kernel(
             tl.store(entropy + row, 0.0)
         return
 
-    start = _row_start(row, inner, outer_stride, inner_stride)
-    aligned, head, body = _split(start, vocabulary, VECTOR)
-    places = tl.arange(0, THREADS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    largest = tl.full([THREADS], -float("inf"), tl.float32)
-    total = tl.zeros([THREADS], tl.float32)
-    weighted = tl.zeros([THREADS], tl.float32)
-    for first in range(0, body, THREADS * VECTOR):
-        x = tl.load(logits + aligned + first + places, mask=first + places < body, other=-float("inf"))
-        largest, total, weighted = _add(x, largest, total, weighted, scale, ENTROPY)
+    start = _row_start(row, offset, inner, outer_stride, inner_stride)
+    body = vocabulary // VECTOR * VECTOR
+    # Which thread adds which logits depends on the vocabulary alone, not on where the row happens to lie: a row has the
+    # same bits in any batch. Multiplying by VECTOR tells the compiler that these rows can be loaded by whole vectors.
+    if start % VECTOR == 0:
+        whole = start // VECTOR * VECTOR
+        largest, total, weighted = _add_all(logits, whole, body, scale, ENTROPY, THREADS, VECTOR)
+    else:
+        largest, total, weighted = _add_all(logits, start, body, scale, ENTROPY, THREADS, VECTOR)
     if body < vocabulary:
-        column = tl.where(places < head, places, places + body)
+        column = body + tl.arange(0, THREADS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
         x = tl.load(logits + start + column, mask=column < vocabulary, other=-float("inf"))
         largest, total, weighted = _add(x, largest, total, weighted, scale, ENTROPY)
 
@@ -118,6 +121,15 @@ def _forward_kernel(
 
 
 @triton.jit
+def _split(start, vocabulary, VECTOR: tl.constexpr):
+    # A row is a head up to the next 16-byte border, a body of whole vectors, and a tail shorter than a vector.
+    aligned = (start + VECTOR - 1) // VECTOR * VECTOR
+    head = tl.minimum(aligned - start, vocabulary).to(tl.int32)
+    body = (vocabulary - head) // VECTOR * VECTOR
+    return aligned, head, body
+
+
+@triton.jit
 def _gradient(x, is_id, maximum, log2_total, scale, g, a, b):
     log2_p = (x.to(tl.float32) - maximum) * scale - log2_total
     p = tl.exp2(log2_p)
@@ -125,7 +137,7 @@ def _gradient(x, is_id, maximum, log2_total, scale, g, a, b):
     return tl.where(is_id, dx + g, dx)
 
 
-@triton.jit(do_not_specialize=["inner", "outer_stride", "inner_stride", "ignore_index"])
+@triton.jit(do_not_specialize=["offset", "inner", "outer_stride", "inner_stride", "ignore_index"])
 def _backward_kernel(
     grad_logits,  # may be the logits: each is read before it is written, by the same thread
     grad_logprobs,  # or None
@@ -134,6 +146,7 @@ def _backward_kernel(
     ids,
     entropy,
     stats,
+    offset,
     inner,
     outer_stride,
     inner_stride,
@@ -161,7 +174,7 @@ def _backward_kernel(
     # A row without a gradient is not read: whatever it holds, NaN too, its gradient is 0.
     used = (id != ignore_index) & ((g != 0) | (b != 0))
 
-    start = _row_start(row, inner, outer_stride, inner_stride)
+    start = _row_start(row, offset, inner, outer_stride, inner_stride)
     aligned, head, body = _split(start, vocabulary, VECTOR)
     grad_start = start if SAME_LAYOUT else row * vocabulary
     grad_body = aligned if SAME_LAYOUT else grad_start + head
@@ -211,7 +224,7 @@ def _forward(
     if rows > 0:
         with torch.cuda.device_of(logits):
             _forward_kernel[(rows,)](
-                logits,
+                _aligned(logits, layout),
                 ids.contiguous(),
                 logprobs,
                 entropy,
@@ -285,11 +298,12 @@ def _launch_backward(
     if rows == 0:
         return
     with torch.cuda.device_of(logits):
+        same_layout = _row_layout(grad) == layout
         _backward_kernel[(rows,)](
-            grad,
+            _aligned(grad, layout) if same_layout else grad,
             None if grad_logprobs is None else grad_logprobs.contiguous(),
             None if grad_entropy is None else grad_entropy.contiguous(),
-            logits,
+            _aligned(logits, layout),
             ids.contiguous(),
             entropy,
             stats,
@@ -297,7 +311,7 @@ def _launch_backward(
             logits.shape[-1],
             ignore_index,
             LOG2E / temperature,
-            SAME_LAYOUT=_row_layout(grad) == layout,
+            SAME_LAYOUT=same_layout,
             **_launch_options(logits),
         )
 
@@ -328,8 +342,9 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 class _RowLayout(NamedTuple):
-    """Row r starts at element r // inner * outer_stride + r % inner * inner_stride."""
+    """Row r starts at element offset + r // inner * outer_stride + r % inner * inner_stride, counted from _aligned."""
 
+    offset: int  # within 16 bytes
     inner: int
     outer_stride: int
     inner_stride: int
@@ -350,7 +365,16 @@ def _row_layout(logits: Tensor) -> _RowLayout | None:
     if len(levels) > 2:
         return None
     (inner, inner_stride), (_, outer_stride) = (*levels, [1, 0], [1, 0])[:2]
-    return _RowLayout(inner, outer_stride, inner_stride)
+    return _RowLayout(_offset(logits), inner, outer_stride, inner_stride)
+
+
+def _offset(logits: Tensor) -> int:
+    return int(logits.storage_offset()) % (16 // logits.element_size())
+
+
+def _aligned(logits: Tensor, layout: _RowLayout) -> Tensor:
+    """The 16-byte border at or before the first logit: the kernel is compiled for a pointer to one."""
+    return logits.as_strided((), (), logits.storage_offset() - layout.offset)
 
 
 def _rows_are_disjoint(logits: Tensor) -> bool:
@@ -376,7 +400,7 @@ def _with_rows(logits: Tensor) -> tuple[Tensor, _RowLayout]:
     layout = _row_layout(logits)
     if layout is not None:
         return logits, layout
-    return logits.contiguous(), _RowLayout(max(logits.numel() // logits.shape[-1], 1), 0, logits.shape[-1])
+    return logits.contiguous(), _RowLayout(0, max(logits.numel() // logits.shape[-1], 1), 0, logits.shape[-1])
 
 
 def _launch_options(logits: Tensor) -> dict[str, int]:
