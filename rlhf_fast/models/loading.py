@@ -209,7 +209,7 @@ def _switch_off_noise(config: PreTrainedConfig) -> None:
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             _switch_off_noise(value)
-        elif ("drop" in name or "jitter" in name) and isinstance(value, int | float) and not isinstance(value, bool):
+        elif ("drop" in name or "jitter" in name) and isinstance(value, float):
             setattr(config, name, 0.0)
 
 

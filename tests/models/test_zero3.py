@@ -1,4 +1,4 @@
-"""The heads use weights of other modules: under ZeRO-3 those are gathered only for the module that owns them."""
+"""ZeRO-3 gathers weights around the modules that own them, and the heads use weights of other modules."""
 
 from __future__ import annotations
 
