@@ -25,7 +25,7 @@ lint: .venv/.test
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 clean:
 	rm -rf runs build *.egg-info

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rlhf_fast.config import TrainerConfig
 from rlhf_fast.errors import ConfigError, RLHFFastError
@@ -49,7 +49,14 @@ def _set_environment() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *place: object) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """The message alone: where in our code it arose is nothing a user can act on. Libraries' notes stay out."""
     if not issubclass(category, DeprecationWarning | FutureWarning):
         print(f"warning: {message}", file=sys.stderr)
@@ -146,7 +153,7 @@ def _generate(args: argparse.Namespace) -> int:
     from rlhf_fast.config_loading import parse_overrides
     from rlhf_fast.data import ChatFormat, load_rows
     from rlhf_fast.generation import Generator, SamplingParams
-    from rlhf_fast.models import load_causal_lm, load_tokenizer
+    from rlhf_fast.models import check_vocabulary, load_causal_lm, load_tokenizer
 
     try:
         params = SamplingParams(**parse_overrides(args.overrides, SamplingParams))
@@ -160,7 +167,9 @@ def _generate(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.model)
     chat = ChatFormat(tokenizer)
     params = replace(params, stop_token_ids=[*chat.stop_token_ids, *(params.stop_token_ids or [])])
-    generator = Generator(load_causal_lm(args.model, dtype="float32"), tokenizer)
+    model = load_causal_lm(args.model, dtype="float32")
+    check_vocabulary(model, tokenizer)
+    generator = Generator(model, tokenizer)
     completions = generator.generate([chat.encode_prompt(prompt) for prompt in prompts], params)
     for i, completion in enumerate(completions):
         row = {

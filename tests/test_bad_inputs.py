@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from rlhf_fast.checkpoint import verify_checkpoint
 from rlhf_fast.cli import main
@@ -79,6 +80,11 @@ class Workshop:
 
     def prompts(self, data: bytes) -> None:
         (self.folder / "prompts.jsonl").write_bytes(data)
+
+    def extend_tokenizer(self) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        tokenizer.add_tokens(["z"])
+        tokenizer.save_pretrained(self.model)
 
     def model_config(self, **fields: object) -> None:
         file = self.model / "config.json"
@@ -178,6 +184,7 @@ CASES = [
     _case("missing weight", lambda w: w.weights(lambda t: t.pop("model.norm.weight")), 1, "model.norm.weight"),
     _case("wrong shape", lambda w: w.model_config(intermediate_size=48), 1, "64", "48"),
     _case("remote code", _remote_code, 1, "trust_remote_code"),
+    _case("tokenizer too large", lambda w: w.extend_tokenizer(), 1, "token ids up to 10", "embedding"),
     _case("no tokenizer", _no_tokenizer, 1, "tokenizer"),
     # rewards
     _case("no reward file", _set(reward="nowhere.py:f"), 2, "nowhere.py"),

@@ -53,7 +53,7 @@ class PPOTrainer:
         self.reward = load_reward(reward or config.reward, timeout=config.reward_timeout, device=str(self.world.device))
         prompts_per_step = config.batch_size // config.num_generations
         self.total_steps = count_steps(config, len(self.train_prompts), prompts_per_step)
-        self.models = PPOModels(config, len(self.tokenizer), self.tokenizer.pad_token_id, self.world)
+        self.models = PPOModels(config, self.tokenizer, self.world)
 
         checkpoint = open_run_folder(config, self.world, resume=resume)
         engines = self.models.make_engines(self.total_steps * config.num_ppo_epochs * config.num_mini_batches)

@@ -6,16 +6,17 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.distributed import World
 from rlhf_fast.engine import Engine
-from rlhf_fast.errors import ConfigError
 from rlhf_fast.generation import Rollout
 from rlhf_fast.models import (
     PolicyModel,
     ScalarModel,
     SharedModel,
+    check_vocabulary,
     load_causal_lm,
     load_scalar_model,
     set_gradient_checkpointing,
@@ -32,32 +33,30 @@ class PPOModels:
     reference when kl_coef is 0.
     """
 
-    def __init__(self, config: PPOConfig, vocabulary: int, pad_id: int, world: World) -> None:
-        self.config, self.pad_id, self.world = config, pad_id, world
+    def __init__(self, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, world: World) -> None:
+        self.config, self.pad_id, self.world = config, tokenizer.pad_token_id, world
         path, code = config.model_name_or_path, config.trust_remote_code
         self.causal_lm = load_causal_lm(path, dtype=config.dtype, trust_remote_code=code)
+        check_vocabulary(self.causal_lm, tokenizer)
         self.policy_module: PolicyModel | SharedModel
         self.critic_module: ScalarModel | None = None
         if config.value_model == "shared":
             self.policy_module = SharedModel(self.causal_lm, path)
         else:
             self.policy_module = PolicyModel(self.causal_lm)
-            self.critic_module = self._load_critic(vocabulary)
+            self.critic_module = self._load_critic(tokenizer)
         self.reference: PolicyModel | None = None
         if config.kl_coef:
             reference = load_causal_lm(config.ref_model_path or path, dtype=config.dtype, trust_remote_code=code)
             self.reference = PolicyModel(reference).requires_grad_(False).to(world.device)
+            check_vocabulary(reference, tokenizer)
         set_gradient_checkpointing(self.causal_lm, config.gradient_checkpointing)
 
-    def _load_critic(self, vocabulary: int) -> ScalarModel:
+    def _load_critic(self, tokenizer: PreTrainedTokenizerBase) -> ScalarModel:
         config = self.config
         path = config.value_model_path or config.model_name_or_path
         model = load_scalar_model(path, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-        if model.get_input_embeddings().weight.shape[0] < vocabulary:
-            raise ConfigError(
-                f"value_model_path: {path} has a smaller vocabulary than the policy's tokenizer ({vocabulary} tokens); "
-                "the value model reads the policy's tokens and needs the same tokenizer"
-            )
+        check_vocabulary(model, tokenizer)  # it reads the policy's tokens
         set_gradient_checkpointing(model, config.gradient_checkpointing)
         return ScalarModel(model)
 

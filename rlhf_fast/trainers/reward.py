@@ -14,7 +14,14 @@ from rlhf_fast.config_loading import check_config, check_paths
 from rlhf_fast.data import ChatFormat, EpochOrder, Examples, PreferenceExample, load_rows, pad_right, preference_dataset
 from rlhf_fast.distributed import all_reduce_sum, init_distributed
 from rlhf_fast.engine import Engine
-from rlhf_fast.models import ScalarModel, load_scalar_model, load_tokenizer, save_model, set_gradient_checkpointing
+from rlhf_fast.models import (
+    ScalarModel,
+    check_vocabulary,
+    load_scalar_model,
+    load_tokenizer,
+    save_model,
+    set_gradient_checkpointing,
+)
 from rlhf_fast.trainers.batching import count_steps, micro_batches, seed_everything
 from rlhf_fast.trainers.run import Metrics, Run, open_run_folder
 
@@ -42,6 +49,7 @@ class RewardTrainer:
         self.model = load_scalar_model(
             config.model_name_or_path, dtype=config.dtype, trust_remote_code=config.trust_remote_code
         )
+        check_vocabulary(self.model, self.tokenizer)
         set_gradient_checkpointing(self.model, config.gradient_checkpointing)
 
         checkpoint = open_run_folder(config, self.world, resume=resume)

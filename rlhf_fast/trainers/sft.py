@@ -26,6 +26,7 @@ from rlhf_fast.engine import Engine
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.models import (
     PolicyModel,
+    check_vocabulary,
     load_causal_lm,
     load_tokenizer,
     save_model,
@@ -56,6 +57,7 @@ class SFTTrainer:
         self.model = load_causal_lm(
             config.model_name_or_path, dtype=config.dtype, trust_remote_code=config.trust_remote_code
         )
+        check_vocabulary(self.model, self.tokenizer)
         if config.packing and not supports_packing(self.model):
             raise ConfigError(
                 f"packing: {type(self.model).__name__} lets packed examples see each other; set packing=false"
