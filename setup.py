@@ -23,7 +23,7 @@ setup(
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "transformers>=5",
-        "deepspeed>=0.18",
+        "deepspeed>=0.19.8",
         "pybind11",
         "ninja",
         "datasets>=4",

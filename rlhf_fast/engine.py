@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 from transformers import get_scheduler
 
@@ -56,6 +57,7 @@ __all__ = [
 
 TAG = "state"  # DeepSpeed's folder inside the one that save() is given
 LAYOUT = "engine.json"  # what the files in it belong to
+OLDEST = "0.19.8"  # those before let NaN through, or sum half-precision gradients in half precision: our tests fail
 MAX_BUCKET = 200_000_000  # elements reduced or gathered at once
 
 
@@ -92,8 +94,8 @@ class Engine:
     ) -> None:
         if config.offload_optimizer and config.zero_stage == 0:
             raise ConfigError("offload_optimizer: needs zero_stage 1, 2 or 3")
-        if config.dtype == "float64" and config.zero_stage > 0:
-            raise ConfigError("dtype: float64 needs zero_stage 0; the others keep float32 weights")
+        if config.dtype == "float64" and (config.zero_stage > 0 or world.world_size > 1):
+            raise ConfigError("dtype: float64 needs zero_stage 0 and a single process; DeepSpeed has no more for it")
         self._deepspeed = _import_deepspeed(world)
         self._world = world
         self._max_grad_norm = config.max_grad_norm
@@ -118,14 +120,11 @@ class Engine:
             raise ConfigError(
                 f"dtype: {config.dtype} does not train on this {world.device.type}; use bfloat16 or float32"
             ) from None
-        self._scaler = getattr(self._engine.optimizer, "loss_scaler", None)
-        if self._scaler is not None and self._scaler.dynamic:
-            self._scaler.raise_error_at_min_scale = False  # skipped steps are counted by who calls step()
+        if config.dtype == "float16":  # skipped steps are counted by who calls step()
+            self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         self._norm: torch.Tensor | None = None  # of the gradient gathered so far, once somebody asked
-        if self._stage == 0:
-            # Without this, float64 gradients (tests) would be rounded to fp32 on their way between ranks.
-            self._engine.communication_data_type = self._trained[0].dtype
-            self._engine.enable_backward_allreduce = world.world_size > 1
+        if self._stage == 0 and world.world_size == 1:
+            self._engine.enable_backward_allreduce = False  # it would only copy every gradient twice
 
     def _optimizer(self, config: TrainerConfig, learning_rate: float) -> torch.optim.Optimizer:
         groups = [
@@ -138,12 +137,10 @@ class Engine:
             "eps": config.adam_epsilon,
         }
         groups = [group for group in groups if group["params"]]
-        if self._world.device.type == "cpu":
-            return torch.optim.AdamW(groups, fused=True, **settings)
-        adam = self._deepspeed.ops.adam
         if self._offloaded:
-            return adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-        return adam.FusedAdam(groups, adam_w_mode=True, **settings)
+            return self._deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+        # Multi-tensor on a GPU as DeepSpeed's FusedAdam is, without a CUDA toolkit to compile it; vectorised on a CPU.
+        return torch.optim.AdamW(groups, fused=True, **settings)
 
     def _deepspeed_config(self, config: TrainerConfig) -> dict[str, Any]:
         bucket = 2 * math.ceil(min(sum(p.numel() for p in self._trained), MAX_BUCKET) / 2)
@@ -199,9 +196,8 @@ class Engine:
         For engines that must move together or not at all: ask all, then step() all or zero_grad() all.
         """
         finite = bool(torch.isfinite(self._gradient_norm()))
-        if not finite and self._scaler is not None and self._scaler.dynamic:
-            # step() would halve the loss scale, but it will not be called.
-            self._scaler.cur_scale = max(self._scaler.cur_scale / 2, self._scaler.min_scale)
+        if not finite and self._layout["dtype"] == "float16":
+            self._engine.optimizer.loss_scaler.update_scale(True)  # as step() would, which will not be called
         return finite
 
     def step(self) -> StepResult:
@@ -239,13 +235,13 @@ class Engine:
             optimizer.micro_step_id = 0 if self._stage == 3 else -1  # the next micro-batch overwrites
 
     def _gradient_norm(self) -> torch.Tensor:
-        """2-norm of the whole gradient over all ranks, without the loss scale. Needs every rank."""
+        """2-norm of the whole gradient over all ranks (in fp16: times the loss scale). Needs every rank."""
         if self._norm is None:
             gradients, shared_out = self._gradients()
             norm = nn.utils.get_total_norm(gradients).to(self._world.device)
             if shared_out:
                 norm = all_reduce_sum(norm**2, self._world) ** 0.5
-            self._norm = norm / float(getattr(self._engine.optimizer, "cur_scale", 1.0))
+            self._norm = norm
         return self._norm
 
     def _gradients(self) -> tuple[list[torch.Tensor], bool]:
@@ -321,6 +317,8 @@ def _import_deepspeed(world: World) -> ModuleType:
         raise ConfigError(
             f"training needs DeepSpeed, which cannot be imported ({error}); pip install deepspeed"
         ) from None
+    if Version(deepspeed.__version__) < Version(OLDEST):
+        raise ConfigError(f"DeepSpeed {deepspeed.__version__} is too old; pip install 'deepspeed>={OLDEST}'")
     import deepspeed.runtime.bf16_optimizer as bf16_optimizer
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

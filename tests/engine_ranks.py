@@ -11,7 +11,7 @@ import torch
 
 from rlhf_fast.checkpoint import latest_checkpoint, save_checkpoint
 from rlhf_fast.engine import any_rank, init_distributed
-from tests.engine_cases import batch, engine, train_step, weights
+from tests.engine_cases import batch, engine, loss, train_step, weights
 
 
 def main(folder: Path, stages: list[int]) -> None:
@@ -42,9 +42,19 @@ def main(folder: Path, stages: list[int]) -> None:
             "weights": trained,
             "resumed_is_equal": not any_rank(differs, world),
         }
+        if stage in (1, 2):  # a NaN in the part of the gradient that the last rank keeps
+            nan = float("nan") if world.rank == world.world_size - 1 else 0.0
+            ours.backward(loss(ours, rows).float() + nan * ours.module[3].bias.sum(), last=True)
+            findings["seen_by_all"] = not any_rank(ours.gradients_are_finite(), world)
         if world.is_main:
             torch.save(findings, folder / f"stage-{stage}.pt")
-    if world.world_size > 1:
+
+    if world.world_size == 1:
+        ours = engine(world, 1, "bfloat16")  # DeepSpeed is talkative there
+        train_step(ours, [batch(0)])
+        ours.save(folder / "bfloat16")
+        ours.load(folder / "bfloat16")
+    else:
 
         def full_disk(path: Path) -> None:
             if world.rank == 1:

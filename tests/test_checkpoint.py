@@ -183,6 +183,8 @@ def test_kill_before_every_change(tmp_path: Path, existing: list[int], step: int
         shutil.copytree(template, root)
 
     for _ in every_kill(lambda: save(root, step, keep=keep, size=20), reset):
+        for visible in root.glob("step-*"):
+            verify_checkpoint(visible)  # nothing half-written or half-deleted
         found = latest_checkpoint(root)
         if existing:
             assert step_in(found) in {max(existing), step}
@@ -191,6 +193,7 @@ def test_kill_before_every_change(tmp_path: Path, existing: list[int], step: int
         save(root, step + 5, keep=2)  # the next run goes on and sweeps up
         assert step_in(latest_checkpoint(root)) == step + 5
         assert all(name.startswith("step-") for name in names(root))
+        assert len(names(root)) == 2 or not existing
     assert step_in(latest_checkpoint(root)) == step  # the last round was not killed
 
 
@@ -236,6 +239,28 @@ def test_kill_while_a_folder_or_a_file_is_replaced(tmp_path: Path) -> None:
         fill("newest")
         assert {path.read_text() for path in final.iterdir()} | {note.read_text()} == {"newest"}
         assert names(tmp_path) == ["final", "note.txt"]
+
+
+def test_everything_is_on_the_disk_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def record_fsync(descriptor: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def record_rename(path: Path, target: Path) -> Path:
+        if path.name.startswith(".step-1.tmp"):
+            inside = {str(file) for file in path.rglob("*")} | {str(path)}
+            assert len(inside) == 6  # two folders in it, three files and itself
+            assert inside <= set(flushed)
+            flushed.clear()
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "rename", record_rename)
+    save(tmp_path, 1)
+    assert flushed == [str(tmp_path)]
 
 
 # ---- a disk that refuses ---------------------------------------------------------------------------------------------

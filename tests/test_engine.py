@@ -74,9 +74,9 @@ def test_bfloat16_gradients_are_summed_in_float32(world: World, stage: int) -> N
     ours = engine(world, stage, "bfloat16", module=nn.Linear(1, 1, bias=False))
     one = torch.ones(1, 1, dtype=torch.bfloat16)
     ours.backward(ours(one).sum(), last=False)
-    for i in range(32):
-        ours.backward(ours(one).sum() / 512, last=i == 31)  # 1 + 1/512 is 1 in bf16
-    assert ours.step().grad_norm == pytest.approx(1 + 32 / 512, rel=1e-6)
+    for i in range(33):
+        ours.backward(ours(one).sum() / 512, last=i == 32)  # in bf16 1 + 1/512 is 1, and 1 + 33/512 is not itself
+    assert ours.step().grad_norm == pytest.approx(1 + 33 / 512, rel=1e-6)
 
 
 def test_float64_gradients_are_exact_at_stage_0(world: World) -> None:
@@ -189,6 +189,38 @@ def test_finiteness_can_be_asked_before_the_step(world: World, stage: int, dtype
     assert ours.step() == train_step(never, [batch(0)[:4], batch(0)[4:]])
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_float16_halves_its_loss_scale_instead_of_stopping(
+    world: World, tmp_path: Path, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    # DeepSpeed wants native fp16 arithmetic; torch's emulation will do to see the bookkeeping.
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+    one = torch.ones(1, 1, dtype=torch.float16)
+    ours = engine(world, stage, "float16", module=nn.Linear(1, 1, bias=False))
+    for finite in (False, True):  # a gradient of 20 is beyond fp16 at a scale of 4096, not at 2048
+        ours.backward(20 * ours(one).sum(), last=True)
+        assert ours.gradients_are_finite() is finite
+        ours.zero_grad()
+
+    ours, exact = engine(world, stage, "float16"), engine(world)
+    spoiled = batch(9)
+    spoiled[0, 0] = float("nan")
+    for _ in range(15):  # down to a scale of 1, and no further
+        assert train_step(ours, [spoiled]).skipped
+    for step in range(3):
+        result = train_step(ours, list(batch(step).split(4)))
+        assert result.grad_norm == pytest.approx(train_step(exact, [batch(step)]).grad_norm, rel=1e-2)
+    ours.save(tmp_path / "policy")
+    resumed = engine(world, stage, "float16")
+    resumed.load(tmp_path / "policy")
+    assert train_step(resumed, [spoiled]).skipped  # with a fresh scale this would halve it...
+    assert train_step(ours, [spoiled]).skipped
+    assert train_step(resumed, [batch(3)]) == train_step(ours, [batch(3)])  # ...and this would round otherwise
+    assert_same(weights(resumed), weights(ours))
+
+
 # ---- save and load ---------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +313,8 @@ def test_settings_that_cannot_work(world: World) -> None:
         engine(world, 0, offload_optimizer=True)
     with pytest.raises(ConfigError, match=r"float64 needs zero_stage 0"):
         engine(world, 1, "float64")
+    with pytest.raises(ConfigError, match=r"float64 needs .* a single process"):
+        engine(World(rank=0, world_size=2, local_rank=0, device=world.device), 0, "float64")
     with pytest.raises(ConfigError, match="no trainable parameter"):
         engine(world, module=net().requires_grad_(False))
     if not torch.ops.mkldnn._is_mkldnn_fp16_supported():
@@ -322,6 +356,7 @@ def test_two_ranks_do_as_one(world: World, tmp_path: Path) -> None:
         assert found["skipped"] == [False, False, True, False]
         assert_close(found["weights"], weights(alone), 1e-6)
         assert found["resumed_is_equal"]
+        assert found.get("seen_by_all", True)
         files = json.loads((tmp_path / f"checkpoints-{stage}" / "step-3" / "manifest.json").read_text())["files"]
         assert (stage == 0) != any("pp_rank_1" in name for name in files)  # what rank 1 wrote is in it
     # At the end rank 1 finds its disk full: the launcher ends rank 0, which waits for it; the old checkpoint is whole.
