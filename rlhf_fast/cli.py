@@ -44,9 +44,9 @@ def _set_environment() -> None:
     # Read by torch's CPU allocator when it loads: 2 MB pages for large tensors. A fresh [N, V] gradient otherwise
     # spends most of its time in page faults.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # Read by GNU OpenMP when it loads: threads that wait spin for some 20 microseconds and then sleep. With the default
-    # (about a millisecond) any other process on the machine slows small models down several times.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # Read by GNU OpenMP when it loads: threads that wait go to sleep soon. With the default, which spins for about a
+    # millisecond, any other process on the machine slows small models down several times.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Models and data come from disk; a hub name is an error with a reason, not a time-out.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
