@@ -10,7 +10,6 @@
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -191,7 +190,9 @@ std::tuple<Tensor, Tensor, Tensor> gather_logprobs_forward(const Tensor& logits,
       stats.mutable_data_ptr(),
   };
   const auto kernel = RLHF_FAST_KERNEL(isa(), gather_logprobs_forward);
-  at::parallel_for(0, id.numel(), grain(args.vocabulary), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  at::parallel_for(0, id.numel(), grain(args.vocabulary), [&](int64_t begin, int64_t end) {
+    kernel(args, begin, end);
+  });
   return {logprobs, entropy, stats};
 }
 
@@ -224,7 +225,9 @@ void gather_logprobs_backward_into(const Tensor& grad, const OptionalTensor& gra
       *row_layout(grad),
   };
   const auto kernel = RLHF_FAST_KERNEL(isa(), gather_logprobs_backward);
-  at::parallel_for(0, id.numel(), grain(args.vocabulary), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  at::parallel_for(0, id.numel(), grain(args.vocabulary), [&](int64_t begin, int64_t end) {
+    kernel(args, begin, end);
+  });
 }
 
 Tensor gather_logprobs_backward(const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,
@@ -265,6 +268,7 @@ struct GatherLogprobsFunction : torch::autograd::Function<GatherLogprobsFunction
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
+    TORCH_CHECK(!at::GradMode::is_enabled(), "gather_logprobs has no second derivative (create_graph=True)");
     const auto saved = ctx->get_saved_variables();
     const Tensor& logits = saved[0];
     const double temperature = ctx->saved_data["temperature"].toDouble();
@@ -323,11 +327,6 @@ TORCH_LIBRARY_IMPL(rlhf_fast, CPU, m) {
 TORCH_LIBRARY_IMPL(rlhf_fast, Meta, m) {
   m.impl("_gather_logprobs_forward", &gather_logprobs_forward_meta);
   m.impl("_gather_logprobs_backward", &gather_logprobs_backward_meta);
-}
-
-// A second derivative is an error, not a silent zero.
-TORCH_LIBRARY_IMPL(rlhf_fast, Autograd, m) {
-  m.impl("_gather_logprobs_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
 }  // namespace rlhf_fast

@@ -60,11 +60,16 @@ Floats load_last(const T* x, int64_t count) {
   return load(last);
 }
 
-// Calls use(lane, vector) on all of x[0..n), four lanes in turn: four chains of additions in flight at once.
-template <typename T, typename Use>
+// Calls use(lane, vector) on all of x[0..n), four lanes in turn: four chains of additions in flight at once. With
+// kFetchNext it asks for the next block meanwhile, which arrives while the arithmetic of this one goes on.
+template <bool kFetchNext, typename T, typename Use>
 inline void for_each_vector(const T* x, int64_t n, Use use) {
   int64_t j = 0;
   for (; j + 4 * kWidth <= n; j += 4 * kWidth) {
+    if constexpr (kFetchNext) {
+      constexpr int64_t kLine = 64 / sizeof(T);
+      for (int64_t k = 0; k < 4 * kWidth; k += kLine) __builtin_prefetch(x + j + k + kBlock);
+    }
     use(0, load(x + j));
     use(1, load(x + j + kWidth));
     use(2, load(x + j + 2 * kWidth));
@@ -95,7 +100,9 @@ template <bool kEntropy, typename T>
 void add_block(Sums& row, const T* x, int64_t n, double scale) {
   Floats top[4];
   for (Floats& lane : top) lane = splat(float(row.largest));
-  for_each_vector(x, n, [&](int lane, Floats v) __attribute__((always_inline)) { top[lane] = max(top[lane], v); });
+  for_each_vector<false>(x, n, [&](int lane, Floats v) __attribute__((always_inline)) {
+    top[lane] = max(top[lane], v);
+  });
   row.raise(largest(max(max(top[0], top[1]), max(top[2], top[3]))), scale);
 
   // Where all is -inf so far, x - largest would be NaN.
@@ -103,7 +110,7 @@ void add_block(Sums& row, const T* x, int64_t n, double scale) {
   const Floats s = splat(float(scale));
   const Floats lowest = splat(kLowest);
   Floats sums[4] = {}, weighted[4] = {};
-  for_each_vector(x, n, [&](int lane, Floats v) __attribute__((always_inline)) {
+  for_each_vector<true>(x, n, [&](int lane, Floats v) __attribute__((always_inline)) {
     const Floats t = max(lowest, mul(sub(v, m), s));  // NaN stays NaN
     const Floats e = exp2(t);
     sums[lane] = add(sums[lane], e);

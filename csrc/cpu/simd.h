@@ -154,10 +154,10 @@ inline bfloat16 to_bfloat16(float x) {
 }
 inline float16 to_float16(float x) {
   const uint32_t sign = to_bits(x) >> 16 & 0x8000, size = to_bits(x) & 0x7fffffff;
-  if (size > 0x7f800000) return {uint16_t(sign | 0x7e00)};                               // NaN
-  if (size >= 0x477ff000) return {uint16_t(sign | 0x7c00)};                              // rounds to infinity
-  if (size < 0x38800000) {                                                               // subnormal: in units of 2^-24,
-    const float units = from_bits(size) * 0x1p24f + 0x1p23f;                             // rounded by adding 2^23
+  if (size > 0x7f800000) return {uint16_t(sign | 0x7e00)};   // NaN
+  if (size >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // rounds to infinity
+  if (size < 0x38800000) {                                   // subnormal: units of 2^-24, rounded by adding 2^23
+    const float units = from_bits(size) * 0x1p24f + 0x1p23f;
     return {uint16_t(sign | (to_bits(units) & 0x0fff))};
   }
   return {uint16_t(sign | ((size - ((127 - 15) << 23) + 0x0fff + (size >> 13 & 1)) >> 13))};

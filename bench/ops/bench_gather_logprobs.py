@@ -1,0 +1,113 @@
+"""gather_logprobs at the head of a small model: 512 tokens, 32,000 words, float32, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_fast import ops
+
+ROWS, VOCABULARY = 512, 32_000
+ROUNDS = 15
+
+Forward = Callable[[Tensor, Tensor], Tensor]
+
+
+def eager(logits: Tensor, ids: Tensor) -> Tensor:
+    return torch.log_softmax(logits, dim=-1).gather(-1, ids[:, None])[:, 0]
+
+
+def selective_log_softmax(logits: Tensor, ids: Tensor) -> Tensor:
+    """TRL's way to save memory: the chosen logits less the logsumexp, a row at a time."""
+    chosen = logits.gather(-1, ids[:, None])[:, 0]
+    return chosen - torch.stack([torch.logsumexp(row, dim=-1) for row in logits])
+
+
+def ours(logits: Tensor, ids: Tensor) -> Tensor:
+    logprobs = ops.gather_logprobs(logits, ids)
+    assert isinstance(logprobs, Tensor)
+    return logprobs
+
+
+def ours_in_place(logits: Tensor, ids: Tensor) -> Tensor:
+    logprobs = ops.gather_logprobs(logits, ids, inplace_backward=True)
+    assert isinstance(logprobs, Tensor)
+    return logprobs
+
+
+PEERS: dict[str, Forward] = {
+    "torch eager": eager,
+    "torch.compile": torch.compile(eager),
+    "TRL's selective_log_softmax": selective_log_softmax,
+}
+FORWARD: dict[str, Forward] = {"rlhf_fast": ours, **PEERS, "floor: one read": lambda logits, ids: logits.sum()}
+BACKWARD: dict[str, Forward] = {"rlhf_fast": ours, **PEERS}
+BACKWARD_FLOOR = "floor: two reads and a write"
+IN_PLACE_FLOOR = "floor: a read, then read and write back"
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(ROWS, VOCABULARY, generator=generator)
+    return logits, torch.randint(VOCABULARY, (ROWS,), generator=generator)
+
+
+@pytest.mark.benchmark(group=f"gather_logprobs, forward, {ROWS}x{VOCABULARY} float32")
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward(benchmark: Any, name: str) -> None:
+    logits, ids = inputs()
+    with torch.no_grad():
+        found = benchmark.pedantic(FORWARD[name], (logits, ids), rounds=ROUNDS, warmup_rounds=3)
+        if not name.startswith("floor"):
+            torch.testing.assert_close(found, eager(logits.double(), ids).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.benchmark(group=f"gather_logprobs, forward and backward, {ROWS}x{VOCABULARY} float32")
+@pytest.mark.parametrize("name", [*BACKWARD, BACKWARD_FLOOR])
+def test_forward_and_backward(benchmark: Any, name: str) -> None:
+    logits, ids = inputs()
+    logits.requires_grad_()
+    weights = torch.linspace(-1, 1, ROWS)
+
+    if name == BACKWARD_FLOOR:
+        written = torch.zeros_like(logits)
+
+        def floor() -> None:
+            logits.sum()
+            written.copy_(logits)
+
+        with torch.no_grad():
+            benchmark.pedantic(floor, rounds=ROUNDS, warmup_rounds=3)
+        return
+
+    def step() -> Tensor:
+        (gradient,) = torch.autograd.grad(BACKWARD[name](logits, ids), logits, weights)
+        return gradient
+
+    (expected,) = torch.autograd.grad(eager(logits, ids), logits, weights)
+    torch.testing.assert_close(step(), expected, rtol=1e-4, atol=1e-7)
+    benchmark.pedantic(step, rounds=ROUNDS, warmup_rounds=3)
+
+
+@pytest.mark.benchmark(group=f"gather_logprobs, forward and backward in place, {ROWS}x{VOCABULARY} float32")
+@pytest.mark.parametrize("name", ["rlhf_fast", IN_PLACE_FLOOR])
+def test_in_place(benchmark: Any, name: str) -> None:
+    """The gradient over the logits, as no peer does it: compare with the group before."""
+    logits, ids = inputs()
+    weights = torch.linspace(-1, 1, ROWS)
+    if name == IN_PLACE_FLOOR:
+
+        def run() -> None:
+            logits.sum()
+            logits.mul_(1.0)
+    else:
+        logits.requires_grad_()
+
+        def run() -> None:
+            torch.autograd.grad(ours_in_place(logits, ids), logits, weights)
+
+    benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=3)
