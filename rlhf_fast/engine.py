@@ -302,8 +302,16 @@ class Engine:
         if self._stage < 3:
             yield
             return
+        # DeepSpeed's hooks would partition each weight again after its module's forward, and a rank whose completions
+        # end earlier than the others' would leave them waiting in a gather: inside there are no hooks.
+        partitioning = self._engine.optimizer.parameter_offload
         with self._deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+            for hooks in (partitioning.forward_hooks, partitioning.backward_hooks):
+                for hook in hooks:
+                    hook.remove()
+                hooks.clear()
             yield
+        partitioning._register_deepspeed_module(partitioning.module)
 
 
 def _import_deepspeed(world: World) -> ModuleType:

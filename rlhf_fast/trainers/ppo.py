@@ -6,7 +6,6 @@ rlhf_fast/ops (losses, GAE), their constants in rlhf_fast/config.py (PPOConfig).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -205,7 +204,7 @@ class PPOTrainer:
                     self._zero_grad()
                     self.run.log({**log.means(), "policy/stopped_early": 1.0})
                     return
-                log.add({**stats, **self.step(stats)})
+                log.add({**stats, **self.step()})
         self.run.log(log.means())
 
     def accumulate(self, experience: Experience) -> tuple[Metrics, Metrics]:
@@ -275,16 +274,15 @@ class PPOTrainer:
         }
         return stats, logprobs.detach()
 
-    def step(self, stats: Metrics) -> Metrics:
-        """One optimiser step of the policy and the critic. A loss that is not finite drops the batch for both; a
-        gradient that is not leaves its model as it was."""
+    def step(self) -> Metrics:
+        """One optimiser step of the policy and the critic: both, or neither when a gradient of either is not finite."""
         rates = {"lr": self.models.policy.learning_rate}
-        if not all(math.isfinite(stats[name]) for name in ("loss/policy_avg", "loss/value_avg")):
+        finite = [engine.gradients_are_finite() for engine in self.run.engines.values()]  # a collective: ask them all
+        self.run.check_finite(not all(finite))
+        if not all(finite):
             self._zero_grad()
-            self.run.check_finite(True)
             return rates
         results = {name: engine.step() for name, engine in self.run.engines.items()}
-        self.run.check_finite(any(result.skipped for result in results.values()))
         norms = {"grad_norm": results["policy"].grad_norm}
         if "critic" in results:
             norms["value/grad_norm"] = results["critic"].grad_norm

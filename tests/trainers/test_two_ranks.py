@@ -53,7 +53,8 @@ def test_sft_on_two_ranks_equals_one(letters_model: Path, tmp_path: Path) -> Non
     assert one[-1]["eval/loss"] == pytest.approx(two[-1]["eval/loss"], rel=1e-5)
 
 
-def test_ppo_runs_on_two_ranks(letters_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_ppo_runs_on_two_ranks(zero_stage: int, letters_model: Path, tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text(
         "def reward(prompts, completions, **columns):\n    return [float(t.count('a')) for t in completions]\n"
     )
@@ -69,7 +70,7 @@ def test_ppo_runs_on_two_ranks(letters_model: Path, tmp_path: Path) -> None:
         "micro_batch_tokens": 16,
         "learning_rate": 5e-3,
         "max_steps": 3,
-        "zero_stage": 1,
+        "zero_stage": zero_stage,
     }
     rows = run_on(2, "ppo", config, tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
