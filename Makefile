@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 
-.PHONY: install demo demo-smollm2 test test-gpu bench bench-gpu lint clean
+.PHONY: install demo demo-smollm2 test bench lint clean
 
 install: .venv/.demo
 
@@ -19,6 +19,12 @@ install: .venv/.demo
 	$(PIP) -e '.[demo,test]'
 	touch $@
 
+# Real dialogues, a model of a few hundred thousand weights, all three steps: minutes on two cores.
+demo: install
+	$(BIN)/python recipes/demo/prepare.py --output_dir runs/demo
+	$(BIN)/rlhf-fast pipeline --config recipes/demo/pipeline.yaml
+	$(BIN)/python recipes/demo/evaluate.py
+
 lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -27,5 +33,8 @@ lint: .venv/.test
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+bench: .venv/.test
+	$(BIN)/rlhf-fast bench
+
 clean:
-	rm -rf runs build *.egg-info
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

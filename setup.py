@@ -4,13 +4,15 @@ Nothing is compiled here. The C++ extension is built at first use (rlhf_fast/bui
 installed, so that `pip install -e .` takes seconds.
 """
 
+from pathlib import Path
+
 from setuptools import find_namespace_packages, setup
 
 setup(
     name="rlhf_fast",
     version="0.1.0",
     description="A kernel-accelerated PPO engine for aligning language models from human feedback",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

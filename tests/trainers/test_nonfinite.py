@@ -1,4 +1,4 @@
-"""A batch with NaN is dropped for policy and critic alike; several in a row end the run with the weights before them."""
+"""A batch with NaN is dropped for policy and critic alike; several in a row end the run."""
 
 from __future__ import annotations
 
