@@ -7,10 +7,12 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 
 install: .venv/.demo
 
-.venv/bin/python:
-	$(PYTHON) -m venv .venv
+# --clear: what an interrupted one left half made is made again.
+.venv/.made:
+	$(PYTHON) -m venv --clear .venv
+	touch $@
 
-.venv/.demo: setup.py constraints.txt | .venv/bin/python
+.venv/.demo: setup.py constraints.txt | .venv/.made
 	$(PIP) -e '.[demo]'
 	$(BIN)/rlhf-fast build
 	touch $@
