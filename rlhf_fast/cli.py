@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     bench = commands.add_parser("bench", help="time the kernels against named peers (from a checkout)")
-    bench.add_argument("pytest_arguments", nargs=argparse.REMAINDER, metavar="...", help="passed on to pytest")
+    bench.add_argument("pytest_arguments", nargs=argparse.REMAINDER, metavar="...", help="for pytest, after --: rlhf-fast bench -- -k forward")
     bench.set_defaults(run=_bench)
 
     doctor = commands.add_parser("doctor", help="say what is there, what is missing and what to do")
@@ -202,7 +202,7 @@ def _bench(args: argparse.Namespace) -> int:
     folder = Path(__file__).resolve().parent.parent / "bench"
     if not folder.is_dir():
         raise ConfigError("bench/ is not part of the installed package: run this from a checkout (pip install -e .)")
-    command = [sys.executable, "-m", "pytest", str(folder), "--benchmark-enable", "-s", *args.pytest_arguments]
+    command = [sys.executable, "-m", "pytest", str(folder), "--benchmark-enable", "-s", *(x for x in args.pytest_arguments if x != "--")]
     return subprocess.call(command, cwd=folder.parent)
 
 

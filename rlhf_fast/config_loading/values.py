@@ -71,11 +71,11 @@ def takes(hint: Any, kind: type) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as YAML would have it, cut short."""
+    """A value as YAML would have it; of a long one the ends, where paths differ."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = repr(value)
-    return text if len(text) <= 80 else text[:80] + "..."
+    return text if len(text) <= 80 else f"{text[:38]} ... {text[-38:]}"
 
 
 def _convert_union(value: Any, hint: Any, options: tuple[Any, ...]) -> Any:
