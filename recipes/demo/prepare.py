@@ -96,8 +96,8 @@ def extra_prompts(folder: Path, language: str) -> list[str]:
     return [prompt for prompt, *_ in turns if key(prompt) and len(words(prompt)) <= MAX_WORDS]
 
 
-def split(pairs: Sequence[Pair], held_out_prompts: int, rng: random.Random) -> tuple[list[Pair], list[Pair]]:
-    """(train, held out): pairs that share a prompt or a reply stay together."""
+def split(pairs: Sequence[Pair], quota: dict[str, int], rng: random.Random) -> tuple[list[Pair], list[Pair]]:
+    """(train, held out): pairs that share a prompt or a reply stay together. quota: held-out prompts per language."""
     parent: dict[str, str] = {}
 
     def root(name: str) -> str:
@@ -113,11 +113,12 @@ def split(pairs: Sequence[Pair], held_out_prompts: int, rng: random.Random) -> t
 
     train: list[Pair] = []
     held_out: list[Pair] = []
-    prompts: set[str] = set()
+    prompts: dict[str, set[str]] = {language: set() for language in quota}
     for group in rng.sample(list(groups.values()), len(groups)):
-        if len(prompts) < held_out_prompts and len(group) <= LARGEST_HELD_OUT_GROUP:
+        language = group[0].language
+        if len(prompts[language]) < quota[language] and len(group) <= LARGEST_HELD_OUT_GROUP:
             held_out += group
-            prompts |= {key(pair.prompt) for pair in group}
+            prompts[language] |= {key(pair.prompt) for pair in group}
         else:
             train += group
     return train, held_out
@@ -289,14 +290,9 @@ def main() -> None:
     args = parser.parse_args()
 
     folder, rng = corpus_folder(), random.Random(args.seed)
-    train: list[Pair] = []
-    held_out: list[Pair] = []
-    extra: list[tuple[str, str]] = []
-    for language, prompts in HELD_OUT_PROMPTS.items():
-        seen, unseen = split(read_pairs(folder, language), prompts, rng)
-        train += seen
-        held_out += unseen
-        extra += [(language, prompt) for prompt in extra_prompts(folder, language)]
+    pairs = [pair for language in HELD_OUT_PROMPTS for pair in read_pairs(folder, language)]
+    train, held_out = split(pairs, HELD_OUT_PROMPTS, rng)
+    extra = [(language, prompt) for language in HELD_OUT_PROMPTS for prompt in extra_prompts(folder, language)]
     rng.shuffle(train)
     rng.shuffle(held_out)
     kept_apart = {key(text) for pair in held_out for text in (pair.prompt, pair.reply)}
