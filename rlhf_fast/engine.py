@@ -70,7 +70,8 @@ class StepResult:
 
 
 class Engine:
-    """A module with its optimizer and learning-rate schedule. The module is moved to the world's device and dtype.
+    """A module with its optimizer and learning-rate schedule. The module is moved to the world's device and dtype,
+    and put in train mode.
 
     Args:
         module: its trainable parameters (requires_grad) are optimised with AdamW; biases and norms (fewer than two
@@ -102,6 +103,7 @@ class Engine:
         self._stage = max(config.zero_stage, 0 if config.dtype in ("float32", "float64") else 1)
         self._offloaded = config.offload_optimizer and world.device.type != "cpu"
         self._layout = {"dtype": config.dtype, "zero_stage": self._stage, "world_size": world.world_size}
+        module.train()  # gradient checkpointing acts in this mode only; models/loading.py has set all dropout to 0
         self._trained = [p for p in module.parameters() if p.requires_grad]
         if not self._trained:
             raise ConfigError("the model has no trainable parameter")
