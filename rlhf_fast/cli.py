@@ -7,6 +7,7 @@ Exit status: 0 done, 1 failed, 2 bad usage or configuration. Heavy imports wait 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -29,7 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     _set_environment()
     warnings.showwarning = _show_warning
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    # argparse takes the overrides of one place only; those after a later option come back as unknown.
+    if hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
+        args.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.run(args) or 0
     except RLHFFastError as error:
@@ -72,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher puts it before the command
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     for name, title in (
@@ -101,7 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     bench = commands.add_parser("bench", help="time the kernels against named peers (from a checkout)")
-    bench.add_argument("pytest_arguments", nargs=argparse.REMAINDER, metavar="...", help="for pytest, after --: rlhf-fast bench -- -k forward")
+    bench.add_argument(
+        "pytest_arguments",
+        nargs=argparse.REMAINDER,
+        metavar="...",
+        help="for pytest, after --: rlhf-fast bench -- -k forward",
+    )
     bench.set_defaults(run=_bench)
 
     doctor = commands.add_parser("doctor", help="say what is there, what is missing and what to do")
@@ -118,7 +131,6 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", metavar="DIR", help="the run's folder (the same as output_dir=DIR)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run's folder")
     parser.add_argument("--dry_run", action="store_true", help="print the memory plan and stop")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value")
 
 
@@ -127,10 +139,12 @@ def _train(args: argparse.Namespace) -> int:
     from rlhf_fast.trainers import CONFIGS
 
     config: TrainerConfig = load_config(CONFIGS[args.command], args.config, args.overrides, output_dir=args.output_dir)
-    return _run_stage(args.command, config, resume=args.resume, dry_run=args.dry_run)
+    _run_stage(args.command, config, resume=args.resume, dry_run=args.dry_run)
+    return 0
 
 
-def _run_stage(stage: str, config: TrainerConfig, *, resume: bool, dry_run: bool) -> int:
+def _run_stage(stage: str, config: TrainerConfig, *, resume: bool, dry_run: bool) -> bool:
+    """Returns False when a signal ended the run before its last step."""
     from rlhf_fast.trainers import TRAINERS
 
     if dry_run:
@@ -139,16 +153,19 @@ def _run_stage(stage: str, config: TrainerConfig, *, resume: bool, dry_run: bool
         plan = memory_plan(config)
         print(plan)
         plan.check()
-        return 0
-    TRAINERS[stage](config, resume=resume).train()
-    return 0
+        return True
+    trainer = TRAINERS[stage](config, resume=resume)
+    trainer.train()
+    return trainer.run.finished
 
 
 def _pipeline(args: argparse.Namespace) -> int:
     from rlhf_fast.trainers.pipeline import load_pipeline
 
     for stage, config in load_pipeline(args.config, args.overrides, output_dir=args.output_dir):
-        _run_stage(stage, config, resume=args.resume, dry_run=args.dry_run)
+        if not _run_stage(stage, config, resume=args.resume, dry_run=args.dry_run):
+            break  # the next stage would start from what this one has not written yet
+        gc.collect()  # a trainer and its engines refer to each other; the next stage needs their memory
     return 0
 
 
@@ -202,7 +219,15 @@ def _bench(args: argparse.Namespace) -> int:
     folder = Path(__file__).resolve().parent.parent / "bench"
     if not folder.is_dir():
         raise ConfigError("bench/ is not part of the installed package: run this from a checkout (pip install -e .)")
-    command = [sys.executable, "-m", "pytest", str(folder), "--benchmark-enable", "-s", *(x for x in args.pytest_arguments if x != "--")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(folder),
+        "--benchmark-enable",
+        "-s",
+        *(x for x in args.pytest_arguments if x != "--"),
+    ]
     return subprocess.call(command, cwd=folder.parent)
 
 

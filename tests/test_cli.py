@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from rlhf_fast.cli import main
+from rlhf_fast.trainers import SFTTrainer
 from tests.trainers.conftest import read_metrics, save_letters_model, write_jsonl
 
 
@@ -103,6 +107,31 @@ def test_eval_scores_a_policy(recipe: Path, runs: Path, capsys: pytest.CaptureFi
 def test_pipeline_override_needs_its_stage(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pipeline", "--config", f"{recipe}/pipeline.yaml", "max_steps=1"]) == 2
     assert "sft.max_steps=1" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_anywhere_and_the_launcher_adds_its_own(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = f"{recipe}/sft.yaml"
+    assert main(["--local_rank=0", "sft", "max_steps=3", "--config", config, "bogus=1", "--dry_run"]) == 2
+    assert "unknown key 'bogus'" in capsys.readouterr().err
+    assert main(["sft", "max_steps=3", "--config", config, "batch_size=2", "--dry_run"]) == 0
+    with pytest.raises(SystemExit):
+        main(["sft", "--config", config, "--bogus=1", "--dry_run"])
+    assert "unrecognized arguments: --bogus=1" in capsys.readouterr().err
+
+
+def test_a_stopped_stage_ends_the_pipeline(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accumulate = SFTTrainer.accumulate
+
+    def interrupted(trainer: SFTTrainer, rows: Any) -> tuple[float, int]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return accumulate(trainer, rows)
+
+    monkeypatch.setattr(SFTTrainer, "accumulate", interrupted)
+    assert main(["pipeline", "--config", f"{recipe}/pipeline.yaml", "--output_dir", f"{recipe}/stopped"]) == 0
+    assert (recipe / "stopped" / "sft" / "checkpoints" / "step-1").is_dir()
+    assert not (recipe / "stopped" / "reward").exists()
 
 
 def test_help_is_quick_and_lists_what_works() -> None:

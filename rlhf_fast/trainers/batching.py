@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy
 import torch
 
-from rlhf_fast.config import TrainerConfig
+from rlhf_fast.config import PPOConfig, TrainerConfig
 from rlhf_fast.data import token_budget_batches
 from rlhf_fast.distributed import World, all_reduce_max
 from rlhf_fast.errors import ConfigError
@@ -33,6 +33,21 @@ def count_steps(config: TrainerConfig, rows: int, rows_per_step: int) -> int:
     if config.max_steps is not None:
         return config.max_steps
     return max(1, math.ceil(config.num_train_epochs * rows / rows_per_step))
+
+
+def check_ranks(config: TrainerConfig, world: World) -> None:
+    """Raise ConfigError for a batch_size that does not divide among the ranks: each must have as many rows."""
+    rows, what = config.batch_size, "batch_size"
+    if isinstance(config, PPOConfig):
+        rows, what = config.batch_size // config.num_generations, "batch_size / num_generations"
+    if rows % world.world_size:
+        raise ConfigError(f"batch_size: {what} is {rows}, which must be a multiple of the {world.world_size} processes")
+    mine = config.batch_size // world.world_size
+    if isinstance(config, PPOConfig) and mine < config.num_mini_batches:
+        raise ConfigError(
+            f"num_mini_batches: {config.num_mini_batches} is more than the {mine} completions that each of the "
+            f"{world.world_size} processes has a step; lower it or raise batch_size"
+        )
 
 
 def seed_everything(seed: int) -> None:

@@ -23,7 +23,7 @@ from rlhf_fast.distributed import all_reduce_max, all_reduce_sum, init_distribut
 from rlhf_fast.generation import Generator, Rollout
 from rlhf_fast.models import load_tokenizer, save_model
 from rlhf_fast.rewards import load_reward
-from rlhf_fast.trainers.batching import count_steps, micro_batches, seed_everything
+from rlhf_fast.trainers.batching import check_ranks, count_steps, micro_batches, seed_everything
 from rlhf_fast.trainers.experience import Experience, Scored, mix_seed, sample, score
 from rlhf_fast.trainers.ppo_metrics import MeanMetrics, experience_metrics, row_mean, sequence_kl, summed
 from rlhf_fast.trainers.ppo_models import PPOModels, sequence_lengths
@@ -38,12 +38,14 @@ class PPOTrainer:
 
     def __init__(self, config: PPOConfig, *, reward: Callable[..., Any] | None = None, resume: bool = False) -> None:
         if reward is not None:  # config.yaml tells what was optimised
-            config = replace(config, reward=f"{reward.__module__}:{reward.__name__}")
+            name = getattr(reward, "__name__", type(reward).__name__)  # a partial or an object has none
+            config = replace(config, reward=f"{reward.__module__}:{name}")
         check_config(config)
         check_paths(config)
         self.config = config
         self.world = init_distributed()
         self.group = torch.distributed.group.WORLD if self.world.world_size > 1 else None
+        check_ranks(config, self.world)
         seed_everything(config.seed)
         self.tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
         self.chat = ChatFormat(self.tokenizer, system_prompt=config.system_prompt, chat_template=config.chat_template)
@@ -130,7 +132,9 @@ class PPOTrainer:
 
         kl = sequence_kl(logprobs, ref_logprobs, mask)
         self.run.log({"epoch": self.order.epoch, "objective/kl_coef": self.kl.value})
-        metrics = experience_metrics(scored, kl, logprobs, values, returns, rewards, self.world)
+        if config.clip_score is not None:
+            scores = scores.clamp(-config.clip_score, config.clip_score)
+        metrics = experience_metrics(scored, scores, kl, logprobs, values, returns, rewards, self.world)
         self.run.log(metrics)
         self.run.log_samples(self.run.step, "train", scored.rows(kl, config.num_sample_rows))
         kl_coef = self.kl.value
@@ -154,7 +158,8 @@ class PPOTrainer:
     def advantages(
         self, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor | None, values: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(advantages, returns, rewards), each [B, T]: KL in the reward, the score at the end, GAE."""
+        """(advantages, returns, rewards), each [B, T]: KL in the reward, the score at the end, GAE. The rewards are
+        those before whitening."""
         config = self.config
         in_reward = config.kl_in == "reward" and ref_logprobs is not None
         kl_coef = self.kl.value if in_reward else 0.0
@@ -185,9 +190,9 @@ class PPOTrainer:
             lam=config.lam,
         )
         if config.whiten_rewards:
-            rewards = ops.masked_whiten(rewards, mask, group=self.group, shift_mean=False)
+            whitened = ops.masked_whiten(rewards, mask, group=self.group, shift_mean=False)
             advantages, returns = ops.gae(
-                rewards, values, mask, gamma=config.gamma, lam=config.lam, backend=config.ops_backend
+                whitened, values, mask, gamma=config.gamma, lam=config.lam, backend=config.ops_backend
             )
         return advantages, returns, rewards
 
@@ -308,7 +313,8 @@ class PPOTrainer:
     def export(self, folder: Path) -> None:
         """Write the policy as AutoModelForCausalLM loads it."""
         with self.models.policy.gathered():
-            save_model(self.models.policy_module, self.tokenizer, folder)
+            if self.world.is_main:
+                save_model(self.models.policy_module, self.tokenizer, folder)
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 

@@ -11,9 +11,17 @@ from rlhf_fast.trainers.run import Metrics
 
 
 def experience_metrics(
-    scored: Scored, kl: Tensor | None, logprobs: Tensor, values: Tensor, returns: Tensor, rewards: Tensor, world: World
+    scored: Scored,
+    scores: Tensor,
+    kl: Tensor | None,
+    logprobs: Tensor,
+    values: Tensor,
+    returns: Tensor,
+    rewards: Tensor,
+    world: World,
 ) -> Metrics:
-    """One rollout's metrics by TRL's names. kl [B]: nats a sequence; the others [B, T]."""
+    """One rollout's metrics by TRL's names. scores [B]: as they went into the rewards, after penalty, normalising and
+    clipping; kl [B]: nats a sequence; the others [B, T]."""
     mask = scored.rollout.mask
     means = scored.metrics(world)
     metrics = {
@@ -32,7 +40,7 @@ def experience_metrics(
     metrics |= {name: value for name, value in means.items() if name.startswith("rewards/")}
     if kl is not None:
         metrics["objective/kl"] = row_mean(kl, world)
-        metrics["objective/non_score_reward"] = metrics["objective/rlhf_reward"] - metrics["objective/scores"]
+        metrics["objective/non_score_reward"] = row_mean(rewards.sum(-1) - scores, world)
     return metrics
 
 

@@ -102,13 +102,18 @@ class PPOModels:
             found["logprobs"] = zeros.clone()
         lengths = sequence_lengths(wanted)
         for batch in micro_batches(lengths, self.config.micro_batch_tokens, self.world):
-            part = wanted.select(batch or [0])
+            part = wanted.select(batch) if batch else self._idle()
             inputs = part.sequences(self.pad_id)
             flat = self._frozen_outputs(inputs, logprobs)
             if batch:
                 for name, into in found.items():
                     into[batch] = part.scatter(flat[name])
         return found.get("reference"), found["values"], found.get("logprobs")
+
+    def _idle(self) -> Rollout:
+        """One token, for a rank that has no rows left (or none at all) while the others run a forward."""
+        zero = torch.zeros(1, 1, device=self.world.device)
+        return Rollout([[self.pad_id]], zero.long(), zero == 0, zero, zero, ["length"])
 
     def _frozen_outputs(self, inputs: Inputs, logprobs: bool) -> dict[str, Tensor]:
         arguments = {"temperature": self.config.temperature, "ops_backend": self.config.ops_backend}

@@ -22,7 +22,7 @@ from rlhf_fast.models import (
     save_model,
     set_gradient_checkpointing,
 )
-from rlhf_fast.trainers.batching import count_steps, micro_batches, seed_everything
+from rlhf_fast.trainers.batching import check_ranks, count_steps, micro_batches, seed_everything
 from rlhf_fast.trainers.run import Metrics, Run, open_run_folder
 
 SUMS = ("loss", "accuracy", "margin", "mean_reward")
@@ -40,6 +40,7 @@ class RewardTrainer:
         check_paths(config)
         self.config = config
         self.world = init_distributed()
+        check_ranks(config, self.world)
         seed_everything(config.seed)
         self.tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
         chat = ChatFormat(self.tokenizer, system_prompt=config.system_prompt, chat_template=config.chat_template)
@@ -91,7 +92,9 @@ class RewardTrainer:
                     **stats,
                     "lr": learning_rate,
                     "grad_norm": result.grad_norm,
-                    "num_tokens": sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs),
+                    "num_tokens": all_reduce_sum(
+                        sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs), self.world
+                    ),
                 }
             )
 
@@ -145,7 +148,8 @@ class RewardTrainer:
         if self.config.system_prompt is not None:  # rewards/model.py puts it before what it scores
             self.model.config.system_prompt = self.config.system_prompt
         with self.scorer.gathered():
-            save_model(self.model, self.tokenizer, folder)
+            if self.world.is_main:
+                save_model(self.model, self.tokenizer, folder)
 
     def _micro_batches(self, pairs: Sequence[PreferenceExample]) -> list[list[int]]:
         lengths = [2 * max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]

@@ -110,6 +110,11 @@ class Run:
             self._close_logs()
         self._finish()
 
+    @property
+    def finished(self) -> bool:
+        """False while steps are left, as after a signal."""
+        return self.step >= self.total_steps
+
     def log(self, metrics: Mapping[str, float]) -> None:
         """Add to the row of the step under way."""
         self._row |= metrics
@@ -246,9 +251,10 @@ class Run:
 def open_run_folder(config: TrainerConfig, world: World, *, resume: bool) -> Path | None:
     """Make the run's folder ready and return the checkpoint to resume from, or None to start at step 1.
 
-    Without `resume`, a run that is already there is moved aside (to NAME.1, NAME.2, ...): nothing that was trained is
-    ever overwritten. With `resume`, a configuration that cannot go on from the old one is refused (ConfigError), and
-    so is a folder whose checkpoints are all damaged (CheckpointError).
+    A run that is already there and is not resumed, for want of `resume` or of a checkpoint, is moved aside (to
+    NAME.1, NAME.2, ...): nothing that was trained is ever overwritten. With `resume`, a configuration that cannot
+    go on from the old one is refused (ConfigError), and so is a folder whose checkpoints are all damaged
+    (CheckpointError).
     """
     folder = Path(config.output_dir)
     checkpoint: Path | None = None
@@ -259,7 +265,8 @@ def open_run_folder(config: TrainerConfig, world: World, *, resume: bool) -> Pat
             checkpoint = latest_checkpoint(folder / "checkpoints")
             if checkpoint is None:
                 print(f"no checkpoint in {folder / 'checkpoints'}: starting at step 1", file=sys.stderr)
-        elif folder.exists() and any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "final")):
+        held = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "final"))
+        if held and checkpoint is None:
             aside = _free_name(folder)
             folder.rename(aside)
             print(f"{folder} held a run; it is now {aside}", file=sys.stderr)

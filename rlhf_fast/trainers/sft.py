@@ -33,7 +33,7 @@ from rlhf_fast.models import (
     set_gradient_checkpointing,
     supports_packing,
 )
-from rlhf_fast.trainers.batching import count_steps, micro_batches, seed_everything
+from rlhf_fast.trainers.batching import check_ranks, count_steps, micro_batches, seed_everything
 from rlhf_fast.trainers.run import Metrics, Run, open_run_folder
 
 
@@ -48,6 +48,7 @@ class SFTTrainer:
         check_paths(config)
         self.config = config
         self.world = init_distributed()
+        check_ranks(config, self.world)
         seed_everything(config.seed)
         self.tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
         chat = ChatFormat(self.tokenizer, system_prompt=config.system_prompt, chat_template=config.chat_template)
@@ -158,7 +159,8 @@ class SFTTrainer:
     def export(self, folder: Path) -> None:
         """Write the model as transformers loads it."""
         with self.policy.gathered():
-            save_model(self.model, self.tokenizer, folder)
+            if self.world.is_main:
+                save_model(self.model, self.tokenizer, folder)
 
     def _load(self, path: str | list[str], chat: ChatFormat) -> Examples[SFTExample]:
         config = self.config

@@ -1,0 +1,71 @@
+"""Options of PPO that the other tests leave alone, through the trainer."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_fast import PPOConfig, PPOTrainer
+from rlhf_fast.distributed import World
+from rlhf_fast.errors import ConfigError
+from rlhf_fast.trainers.batching import check_ranks
+
+from .conftest import read_metrics, write_jsonl
+
+
+def count(letter: str, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [float(text.count(letter)) for text in completions]
+
+
+def make_trainer(model: Path, folder: Path, *, resume: bool = False, **options: Any) -> PPOTrainer:
+    """Its reward is a partial, which has no name of its own."""
+    config = PPOConfig(
+        model_name_or_path=str(model),
+        train_data=write_jsonl(folder / "prompts.jsonl", [{"prompt": p} for p in "abcdefxy"]),
+        output_dir=str(folder / "run"),
+        batch_size=8,
+        max_new_tokens=6,
+        report_to=[],
+        **({"max_steps": 1} | options),
+    )
+    return PPOTrainer(config, reward=functools.partial(count, "a"), resume=resume)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_gradient_checkpointing_recomputes_layers(on: bool, letters_model: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(letters_model, tmp_path, gradient_checkpointing=on, learning_rate=0.0)
+    calls = []
+    assert trainer.models.critic_module is not None
+    for model in (trainer.models.causal_lm, trainer.models.critic_module.model):
+        model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    trainer.train()
+    assert sum(calls) == (4 if on else 2)  # of two models, one micro-batch
+
+
+def test_non_score_reward_is_the_kl_term_alone(letters_model: Path, tmp_path: Path) -> None:
+    options = {"missing_eos_penalty": 3.0, "clip_score": 0.5, "whiten_rewards": True, "kl_coef": 0.1}
+    make_trainer(letters_model, tmp_path, max_steps=2, learning_rate=1e-2, **options).train()
+    row = read_metrics(tmp_path / "run")[-1]
+    assert abs(row["objective/kl"]) > 1e-4
+    assert row["objective/non_score_reward"] == pytest.approx(-0.1 * row["objective/kl"], rel=1e-3)
+
+
+def test_resume_without_a_checkpoint_overwrites_nothing(letters_model: Path, tmp_path: Path) -> None:
+    make_trainer(letters_model, tmp_path).train()
+    before = read_metrics(tmp_path / "run")
+    make_trainer(letters_model, tmp_path, resume=True).train()
+    assert read_metrics(tmp_path / "run.1") == before
+    assert (tmp_path / "run.1" / "final").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("options", "field"), [({"batch_size": 6}, "batch_size"), ({"batch_size": 8, "num_mini_batches": 4}, "num_mini")]
+)
+def test_batches_that_do_not_divide_among_ranks_are_refused(options: dict[str, int], field: str) -> None:
+    config = PPOConfig(model_name_or_path="m", train_data="d", **options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"^{field}"):
+        check_ranks(config, World(rank=0, world_size=4, local_rank=0, device=torch.device("cpu")))
