@@ -104,6 +104,8 @@ def memory_plan(config: TrainerConfig, *, world_size: int | None = None) -> Plan
         cache = 2 * shape.layers * shape.kv_width * decoded * length * BYTES[config.dtype]
         # The decoder's cache is freed before training: the larger of the two counts.
         trained = _activations(shape, config, micro, head_tokens=min(micro, rows * config.max_new_tokens))
+        if config.value_model == "separate":  # its forward comes before the policy's backward
+            trained += _activations(critic, config, micro, head_tokens=0)
         lines.append(Line("KV cache or activations", other=max(cache, trained)))
         tokens = {
             "prompts": config.batch_size // config.num_generations * config.max_prompt_length,
@@ -125,13 +127,14 @@ def _trained(name: str, shape: Shape, config: TrainerConfig, ranks: int) -> Line
     """Weights, gradients and AdamW's two moments; half precision adds fp32 master weights and gradients. ZeRO
     (Rajbhandari et al. 2020) splits the optimiser from stage 1, gradients from 2, weights from 3."""
     half = config.dtype in ("bfloat16", "float16")
+    offloaded = config.offload_optimizer and torch.cuda.is_available()  # into the host's memory, not the GPU's
     width, n = BYTES[config.dtype], shape.parameters
     split = [ranks if config.zero_stage >= stage else 1 for stage in (1, 2, 3)]
     return Line(
         name,
         weights=n * width / split[2],
         gradients=n * (width + 4 if half else width) / split[1],
-        optimizer=n * (12 if half else 2 * width) / split[0],
+        optimizer=0 if offloaded else n * (12 if half else 2 * width) / split[0],
     )
 
 
