@@ -24,7 +24,7 @@ class TrainerConfig:
     system_prompt: str | None = None  # put before every conversation that has no system message of its own
     chat_template: str | None = None  # a Jinja template or a file that holds one; default: the tokenizer's own
     on_bad_row: Literal["error", "skip"] = "error"  # skipped rows are counted and reported
-    max_length: int = 512  # tokens of one sequence; longer ones are cut at the end (SFT) or skipped (reward, PPO)
+    max_length: int = 512  # tokens of one sequence; longer ones are cut at the end (SFT) or bad rows (reward)
     trust_remote_code: bool = False  # run Python code found in the model's folder
 
     # Optimiser

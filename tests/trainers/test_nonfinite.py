@@ -60,7 +60,7 @@ def test_a_bad_batch_changes_nothing_and_is_counted(letters_model: Path, tmp_pat
 
 def test_three_in_a_row_end_the_run(letters_model: Path, tmp_path: Path) -> None:
     trainer = poisoned_run(letters_model, tmp_path, (3, 4, 5))
-    with pytest.raises(NonFiniteError, match="3 optimiser steps in a row.*step 5"):
+    with pytest.raises(NonFiniteError, match=r"3 optimiser steps in a row.*step 5"):
         trainer.train()
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
     assert all(p.isfinite().all() for p in trainer.trained())
