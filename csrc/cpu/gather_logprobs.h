@@ -8,19 +8,9 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "rows.h"
 
 namespace rlhf_fast {
-
-enum class LogitsType { float32, float64, bfloat16, float16 };
-
-// Where a row of logits starts, in elements: two levels of strides, so that logits[:, :-1] needs no copy.
-struct RowLayout {
-  int64_t inner;  // rows of the inner level
-  int64_t outer_stride;
-  int64_t inner_stride;
-
-  int64_t start(int64_t row) const { return row / inner * outer_stride + row % inner * inner_stride; }
-};
 
 // "real" below is double for float64 logits and float for all others.
 struct GatherLogprobs {
