@@ -43,7 +43,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: .venv/.test
-	$(BIN)/rlhf-fast bench
+	$(BIN)/rlhf-fast bench -- --results bench/results
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

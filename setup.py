@@ -41,6 +41,7 @@ setup(
         "test": [
             "pytest",
             "pytest-benchmark",
+            "matplotlib",  # the picture of the bench
             "pytest-xdist",
             "hypothesis",
             "setuptools>=70.1",  # tests/test_install.py makes a wheel without build isolation

@@ -1,43 +1,58 @@
-"""What the benches share: a summary of each group in ratios, and the machine they were taken on.
+"""What the benches share: a summary in ratios after each run and, with --results, the files in bench/results/.
 
-A group is one job done by several: "rlhf_fast..." is ours, "floor..." is the least that memory allows, measured in the
-same run, and the rest are peers. Run with `rlhf-fast bench` or `make bench`.
+Run with `rlhf-fast bench` (`-- -k forward` for some) or `make bench` (all, and write the files).
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from bench import summary
+from bench.picture import draw
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--results", type=Path, metavar="DIR", help="write what was measured to DIR as JSON, Markdown, PNG"
+    )
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """After pytest-benchmark's table: median times, ours against each peer, and the share of the floor."""
     session = getattr(terminalreporter.config, "_benchmarksession", None)
-    groups: dict[str, dict[str, float]] = defaultdict(dict)
-    for bench in session.benchmarks if session else []:
-        if not bench.has_error and bench.stats.rounds:
-            groups[bench.group][bench.param] = bench.stats.median
-    for group, medians in groups.items():
-        terminalreporter.section(group)
-        for name in sorted(medians, key=lambda name: medians[name]):
-            terminalreporter.write_line(f"{name:<40} {1e3 * medians[name]:9.2f} ms{_compared(name, medians)}")
-    if groups:
-        huge = os.environ.get("THP_MEM_ALLOC_ENABLE", "not set")
-        machine = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-        terminalreporter.write_line(f"\n{machine}, torch {torch.__version__}, THP_MEM_ALLOC_ENABLE {huge}")
+    groups = summary.collect(session.benchmarks if session else [])
+    if not groups:
+        return
+    for group in groups:
+        terminalreporter.section(group.name)
+        for line in summary.lines(group):
+            terminalreporter.write_line(line)
+    where = summary.machine(
+        torch.get_num_threads(),
+        torch.backends.cpu.get_cpu_capability(),
+        os.environ.get("THP_MEM_ALLOC_ENABLE", "not set"),
+    )
+    terminalreporter.write_line("\n" + ", ".join(f"{key} {value}" for key, value in where.items()))
+    folder = terminalreporter.config.getoption("--results")
+    if folder is not None:
+        for file in _write(groups, where, folder):
+            terminalreporter.write_line(f"wrote {file}")
 
 
-def _compared(name: str, medians: dict[str, float]) -> str:
-    """For one of ours: how many times faster than each peer, and what part of its time the floor is."""
-    if not name.startswith("rlhf_fast"):
-        return ""
-    peers = [
-        f"{medians[peer] / medians[name]:.2f}x {peer}" for peer in medians if not peer.startswith(("rlhf", "floor"))
-    ]
-    floors = [f"{medians[floor] / medians[name]:.0%} of {floor}" for floor in medians if floor.startswith("floor")]
-    return "   " + ", ".join(peers + floors)
+def _write(groups: list[summary.Group], where: dict[str, Any], folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / summary.stem(where)
+    found = {"machine": where, "groups": [asdict(group) for group in groups]}
+    files = [stem.with_suffix(suffix) for suffix in (".json", ".md", ".png")]
+    files[0].write_text(json.dumps(found, indent=1) + "\n")
+    files[1].write_text(summary.markdown(groups, where))
+    draw(groups, files[2])
+    return files

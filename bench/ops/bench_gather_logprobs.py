@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf_fast import ops
 
 ROWS, VOCABULARY = 512, 32_000
+BYTES = 4 * ROWS * VOCABULARY  # of the logits
 ROUNDS = 15
 
 Forward = Callable[[Tensor, Tensor], Tensor]
@@ -60,6 +61,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", FORWARD)
 def test_forward(benchmark: Any, name: str) -> None:
     logits, ids = inputs()
+    benchmark.extra_info["bytes"] = BYTES
     with torch.no_grad():
         found = benchmark.pedantic(FORWARD[name], (logits, ids), rounds=ROUNDS, warmup_rounds=3)
         if not name.startswith("floor"):
@@ -72,6 +74,7 @@ def test_forward_and_backward(benchmark: Any, name: str) -> None:
     logits, ids = inputs()
     logits.requires_grad_()
     weights = torch.linspace(-1, 1, ROWS)
+    benchmark.extra_info["bytes"] = 3 * BYTES
 
     if name == BACKWARD_FLOOR:
         written = torch.zeros_like(logits)
@@ -99,6 +102,7 @@ def test_in_place(benchmark: Any, name: str) -> None:
     """The gradient over the logits, as no peer does it: compare with the group before."""
     logits, ids = inputs()
     weights = torch.linspace(-1, 1, ROWS)
+    benchmark.extra_info["bytes"] = 3 * BYTES
     if name == IN_PLACE_FLOOR:
 
         def run() -> None:

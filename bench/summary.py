@@ -1,0 +1,138 @@
+"""What a run of the benches found: each group as ratios and shares, in lines for a terminal, JSON and Markdown.
+
+A group is one job done by several. A name that starts with "rlhf_fast" is ours, one that starts with "floor" is the
+least that the machine allows, measured in the same run, and the rest are peers. A bench may say in
+`benchmark.extra_info` how many `bytes` the job has to move and how many bytes of `memory` it took beyond its inputs and
+outputs.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+OURS, FLOOR = "rlhf_fast", "floor"
+
+
+@dataclass
+class Group:
+    """One job: the seconds that each of its doers took (median), and what they moved and kept."""
+
+    name: str
+    op: str  # the bench file's stem
+    seconds: dict[str, float] = field(default_factory=dict)
+    fastest: dict[str, float] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def ours(self) -> list[str]:
+        return [name for name in self.seconds if name.startswith(OURS)]
+
+    @property
+    def peers(self) -> list[str]:
+        return [name for name in self.seconds if not name.startswith((OURS, FLOOR))]
+
+    @property
+    def floor(self) -> str | None:
+        return next((name for name in self.seconds if name.startswith(FLOOR)), None)
+
+    def times_faster(self, name: str, peer: str) -> float:
+        return self.seconds[peer] / self.seconds[name]
+
+    def floor_share(self, name: str) -> float | None:
+        """What part of its time the floor is; 1 is the floor itself."""
+        return None if self.floor is None else self.seconds[self.floor] / self.seconds[name]
+
+    def rate(self, name: str) -> float | None:
+        """GB/s."""
+        return self.bytes[name] / self.seconds[name] / 1e9 if name in self.bytes else None
+
+
+def collect(benchmarks: Iterable[Any]) -> list[Group]:
+    """pytest-benchmark's results as groups, in the order in which they ran."""
+    groups: dict[str, Group] = {}
+    for bench in benchmarks:
+        if bench.has_error or not bench.stats.rounds:
+            continue
+        op = Path(bench.fullname.partition("::")[0]).stem.removeprefix("bench_")
+        group = groups.setdefault(bench.group, Group(bench.group, op))
+        group.seconds[bench.param] = bench.stats.median
+        group.fastest[bench.param] = bench.stats.min
+        if "bytes" in bench.extra_info:
+            group.bytes[bench.param] = bench.extra_info["bytes"]
+        if "memory" in bench.extra_info:
+            group.memory[bench.param] = bench.extra_info["memory"]
+    return list(groups.values())
+
+
+def machine(threads: int, instruction_set: str, huge_pages: str) -> dict[str, Any]:
+    """Where and when the run was."""
+    packages = ("torch", "triton", "transformers", "deepspeed")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": _processor(),
+        "threads": threads,
+        "instruction_set": instruction_set,
+        "THP_MEM_ALLOC_ENABLE": huge_pages,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def stem(where: dict[str, Any]) -> str:
+    """A file name for the run: its date and its machine."""
+    processor = re.sub(r"[^a-z0-9]+", "-", where["processor"].lower()).strip("-")
+    return f"{where['date']}-{processor}-{where['threads']}-threads"
+
+
+def lines(group: Group) -> list[str]:
+    """The group for a terminal, fastest first."""
+    found = []
+    for name in sorted(group.seconds, key=lambda name: group.seconds[name]):
+        rate = group.rate(name)
+        text = f"{name:<44} {1e3 * group.seconds[name]:10.3f} ms" + (f" {rate:7.1f} GB/s" if rate else "")
+        if name in group.memory:
+            text += f" {group.memory[name] / 2**20:8.1f} MiB"
+        if name in group.ours:
+            compared = [f"{group.times_faster(name, peer):.2f}x {peer}" for peer in group.peers]
+            share = group.floor_share(name)
+            compared += [] if share is None else [f"{share:.0%} of the {group.floor}"]
+            text += "   " + ", ".join(compared)
+        found.append(text)
+    return found
+
+
+def markdown(groups: list[Group], where: dict[str, Any]) -> str:
+    """A table of all groups: one row for each of ours."""
+    head = "| job | ms | faster than | share of the floor | GB/s | extra memory |\n|---|---|---|---|---|---|\n"
+    rows = []
+    for group in groups:
+        for name in group.ours:
+            label = group.name + ("" if name == OURS else f" ({name.removeprefix(OURS).strip(' ,:')})")
+            peers = ", ".join(f"{group.times_faster(name, peer):.1f}x {peer}" for peer in group.peers) or "no peer"
+            share, rate = group.floor_share(name), group.rate(name)
+            floor = "" if share is None or group.floor is None else f"{share:.0%} ({group.floor.partition(': ')[2]})"
+            memory = f"{group.memory[name] / 2**20:.1f} MiB" if name in group.memory else ""
+            rows.append(
+                f"| {label} | {1e3 * group.seconds[name]:.3g} | {peers} | {floor} | {f'{rate:.1f}' if rate else ''} "
+                f"| {memory} |\n"
+            )
+    facts = ", ".join(f"{key} {value}" for key, value in where.items())
+    return head + "".join(rows) + f"\nMedian times. {facts}.\n"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
