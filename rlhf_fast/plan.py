@@ -104,8 +104,8 @@ def memory_plan(config: TrainerConfig, *, world_size: int | None = None) -> Plan
         cache = 2 * shape.layers * shape.kv_width * decoded * length * BYTES[config.dtype]
         # The decoder's cache is freed before training: the larger of the two counts.
         trained = _activations(shape, config, micro, head_tokens=min(micro, rows * config.max_new_tokens))
-        if config.value_model == "separate":  # its forward comes before the policy's backward
-            trained += _activations(critic, config, micro, head_tokens=0)
+        if config.value_model == "separate":  # its forward comes after the policy's backward
+            trained = max(trained, _activations(critic, config, micro, head_tokens=0))
         lines.append(Line("KV cache or activations", other=max(cache, trained)))
         tokens = {
             "prompts": config.batch_size // config.num_generations * config.max_prompt_length,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from rlhf_fast import ops
 from rlhf_fast.errors import ModelError
 
-# Up to this size the logits of a call are kept for the backward, which writes the gradient over them: three matrix
-# products in all. Beyond it linear_logprobs never holds them, for a fourth product.
+# Up to this size the logits of a call are made whole, and where there is a gradient it is written over them. Beyond it
+# the linear ops never hold them: the same three products for a PPO loss, a fourth for log-probs with a gradient.
 LOGITS_BYTES = 256 << 20
 
 
@@ -50,28 +50,31 @@ class LMHead(nn.Module):
             self.scale /= config.logits_scaling
 
     def forward(
-        self, hidden: Tensor, ids: Tensor, *, temperature: float = 1.0, ops_backend: ops.Backend = "auto"
-    ) -> tuple[Tensor, Tensor]:
-        """hidden [N, H], ids [N] int64 -> log-probs [N] and entropies [N] of softmax(logits / temperature)."""
-        hidden, weight, bias = self._cast(hidden)
-        size = hidden.shape[0] * weight.shape[0] * hidden.element_size()
-        if size > LOGITS_BYTES:
-            return ops.linear_logprobs(
-                hidden,
-                weight,
-                ids,
-                bias=bias,
-                temperature=temperature,
-                softcap=self.softcap,
-                scale=self.scale,
-                return_entropy=True,
-                backend=ops_backend,
-            )
-        logits = F.linear(hidden, weight, bias)
+        self,
+        hidden: Tensor,
+        ids: Tensor,
+        *,
+        temperature: float = 1.0,
+        ops_backend: ops.Backend = "auto",
+        **ppo_loss: Any,
+    ) -> tuple[Tensor, Tensor] | ops.PPOLoss:
+        """hidden [N, H], ids [N] int64 -> log-probs [N] and entropies [N] of softmax(logits / temperature).
+
+        With ppo_loss's arguments (old_logprobs [N], advantages [N], mask [N], cliprange, ...): the loss of them.
+        """
+        if hidden.shape[0] * self.weight.shape[0] * compute_dtype(hidden).itemsize > LOGITS_BYTES:
+            head: dict[str, Any] = {"bias": self.bias, "softcap": self.softcap, "scale": self.scale}
+            options: dict[str, Any] = {"temperature": temperature, "backend": ops_backend, **head}
+            if ppo_loss:
+                return ops.linear_ppo_loss(hidden, self.weight, ids, **options, **ppo_loss)
+            return ops.linear_logprobs(hidden, self.weight, ids, return_entropy=True, **options)
+        logits = F.linear(*self._cast(hidden))
         if self.softcap is None:
             temperature = temperature / self.scale  # no pass over the logits for the scale
         else:
             logits = _softcap(logits * self.scale, self.softcap)
+        if ppo_loss:
+            return ops.logits_ppo_loss(logits, ids, temperature=temperature, backend=ops_backend, **ppo_loss)
         return ops.gather_logprobs(
             logits, ids, temperature=temperature, return_entropy=True, inplace_backward=True, backend=ops_backend
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.errors import ModelError
-from rlhf_fast.ops import Backend
+from rlhf_fast.ops import Backend, PPOLoss
 
 from .head import LMHead, ScalarHead, ValueHead, compute_dtype, name_of
 from .loading import VALUE_HEAD, unwrap
@@ -49,14 +49,18 @@ class PolicyModel(nn.Module):
         temperature: float = 1.0,
         position_ids: Tensor | None = None,
         ops_backend: Backend = "auto",
-    ) -> tuple[Tensor, Tensor]:
+        **ppo_loss: Any,
+    ) -> tuple[Tensor, Tensor] | PPOLoss:
         """Log-probs and entropies [N] (fp32; fp64 for a fp64 model) of `ids` [N].
 
         `rows`, `positions` [N]: the state that predicts each token, so positions is the token's own place minus one.
         Both are of softmax(logits / temperature) over the whole vocabulary, entropy in nats.
+
+        With ppo_loss's policy arguments (old_logprobs [N], advantages [N], mask [N], cliprange, ...): the PPOLoss of
+        these log-probs, by ops.linear_ppo_loss. It is made here, where the head's weight is: see ZeRO-3 in LMHead.
         """
         hidden = _states(decoder_of(self.model), input_ids, rows, positions, position_ids)
-        return self.head(hidden, ids, temperature=temperature, ops_backend=ops_backend)
+        return self.head(hidden, ids, temperature=temperature, ops_backend=ops_backend, **ppo_loss)
 
 
 class SharedModel(nn.Module):
@@ -87,11 +91,13 @@ class SharedModel(nn.Module):
         temperature: float = 1.0,
         position_ids: Tensor | None = None,
         ops_backend: Backend = "auto",
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """PolicyModel's log-probs and entropies [N], and the values [N] of the states before the tokens."""
+        **ppo_loss: Any,
+    ) -> tuple[Tensor, Tensor, Tensor] | tuple[PPOLoss, Tensor]:
+        """PolicyModel's log-probs and entropies [N], or PPOLoss, and the values [N] of the states before the tokens."""
         hidden = _states(decoder_of(self.model), input_ids, rows, positions, position_ids)
-        logprobs, entropy = self.head(hidden, ids, temperature=temperature, ops_backend=ops_backend)
-        return logprobs, entropy, self.value_head(hidden)
+        found = self.head(hidden, ids, temperature=temperature, ops_backend=ops_backend, **ppo_loss)
+        values = self.value_head(hidden)
+        return (found, values) if ppo_loss else (*found, values)
 
 
 class ScalarModel(nn.Module):

@@ -19,7 +19,7 @@ from rlhf_fast.algorithms import AdaptiveKLController, FixedKLController, dschat
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.config_loading import check_config, check_paths
 from rlhf_fast.data import ChatFormat, EpochOrder, Examples, PromptExample, load_rows, prompt_dataset
-from rlhf_fast.distributed import all_reduce_max, all_reduce_sum, init_distributed
+from rlhf_fast.distributed import all_reduce_sum, init_distributed
 from rlhf_fast.generation import Generator, Rollout
 from rlhf_fast.models import load_tokenizer, save_model
 from rlhf_fast.rewards import load_reward
@@ -28,6 +28,8 @@ from rlhf_fast.trainers.experience import Experience, Scored, mix_seed, sample, 
 from rlhf_fast.trainers.ppo_metrics import MeanMetrics, experience_metrics, row_mean, sequence_kl, summed
 from rlhf_fast.trainers.ppo_models import PPOModels, sequence_lengths
 from rlhf_fast.trainers.run import Metrics, Run, open_run_folder
+
+DRIFT = ("rollout/logprob_drift_max", "rollout/logprob_drift_mean")  # of the training log-probs from the sampler's
 
 
 class PPOTrainer:
@@ -201,9 +203,9 @@ class PPOTrainer:
         log = MeanMetrics()
         for epoch in range(self.config.num_ppo_epochs):
             for rows in self._mini_batches(len(experience.mask), step, epoch):
-                first = log.count == 0
-                stats, drift = self.accumulate(experience.select(rows))
-                if first:  # the weights are still those that sampled
+                stats = self.accumulate(experience.select(rows))
+                drift = {name: stats.pop(name) for name in DRIFT}
+                if log.count == 0:  # the weights are still those that sampled
                     self.run.log(drift)
                 elif self.config.target_kl is not None and stats["policy/approxkl_avg"] > self.config.target_kl:
                     self._zero_grad()
@@ -212,14 +214,12 @@ class PPOTrainer:
                 log.add({**stats, **self.step()})
         self.run.log(log.means())
 
-    def accumulate(self, experience: Experience) -> tuple[Metrics, Metrics]:
-        """Add the gradients of one optimiser step; returns its statistics and how far log-probs have drifted from the
-        sampler's, over all ranks."""
+    def accumulate(self, experience: Experience) -> Metrics:
+        """Add the gradients of one optimiser step; returns its statistics over all ranks."""
         config, world = self.config, self.world
         num_tokens = all_reduce_sum(experience.mask.sum(), world).clamp_min(1)
         batches = micro_batches(sequence_lengths(experience.rollout), config.micro_batch_tokens, world)
         shares: list[dict[str, Tensor]] = []
-        drift = torch.zeros(2, device=world.device, dtype=torch.float64)  # sum, max
         for i, batch in enumerate(batches):
             part = experience.select(batch or [0])
             if not batch:  # runs with nothing unmasked: see micro_batches
@@ -227,48 +227,36 @@ class PPOTrainer:
             divisor = num_tokens
             if config.semantics == "dschat":  # the mean of the micro-batches' means
                 divisor = part.mask.sum().clamp_min(1) * len(batches) * world.world_size
-            stats, logprobs = self.losses(part, divisor, last=i == len(batches) - 1)
-            shares.append(stats)
-            gap = torch.where(part.mask, logprobs - part.rollout.logprobs, 0.0).abs()
-            drift = torch.stack([drift[0] + gap.sum(), torch.maximum(drift[1], gap.max())])
-        total, most = all_reduce_sum(drift[0], world), all_reduce_max(drift[1], world)
-        return summed(shares, world), {
-            "rollout/logprob_drift_max": float(most),
-            "rollout/logprob_drift_mean": float(total / num_tokens),
-        }
+            shares.append(self.losses(part, divisor, last=i == len(batches) - 1))
+        return summed(shares, world)
 
-    def losses(self, part: Experience, num_tokens: Tensor, *, last: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses and gradients of one micro-batch; returns its share of the statistics and the new log-probs [b, T]."""
-        config, in_loss = self.config, self.config.kl_in == "loss"
+    def losses(self, part: Experience, num_tokens: Tensor, *, last: bool) -> dict[str, Tensor]:
+        """Losses and gradients of one micro-batch; returns its share of the statistics."""
+        config, tokens = self.config, part.rollout.mask  # [b, T] -> [N], in the order of Rollout.sequences
+        shared = {"mask": part.mask[tokens], "num_tokens": num_tokens}
+        ppo_loss: dict[str, Any] = shared | {
+            "old_logprobs": part.old_logprobs[tokens],
+            "advantages": part.advantages[tokens],
+            "cliprange": config.cliprange,
+            "cliprange_high": config.cliprange_high,
+            "dual_clip": config.dual_clip,
+            "entropy_coef": config.entropy_coef,
+        }
+        if config.kl_in == "loss" and part.ref_logprobs is not None:
+            ppo_loss |= {
+                "ref_logprobs": part.ref_logprobs[tokens],
+                "kl_coef": part.kl_coef,
+                "kl_estimator": config.kl_estimator or "k2",
+            }
+        value_loss = shared | {
+            "old_values": part.values[tokens],
+            "returns": part.returns[tokens],
+            "cliprange_value": config.cliprange_value,
+        }
         inputs = part.rollout.sequences(self.tokenizer.pad_token_id)
-        logprobs, entropy, values = (part.rollout.scatter(flat) for flat in self.models.evaluate(inputs))
-        policy = ops.ppo_loss(
-            logprobs,
-            part.old_logprobs,
-            part.advantages,
-            part.mask,
-            cliprange=config.cliprange,
-            cliprange_high=config.cliprange_high,
-            dual_clip=config.dual_clip,
-            ref_logprobs=part.ref_logprobs if in_loss else None,
-            kl_coef=part.kl_coef if in_loss else 0.0,
-            kl_estimator=(config.kl_estimator or "k2") if in_loss else "k2",
-            entropy=entropy,
-            entropy_coef=config.entropy_coef,
-            num_tokens=num_tokens,
-            backend=config.ops_backend,
-        )
-        value = ops.value_loss(
-            values,
-            part.values,
-            part.returns,
-            part.mask,
-            cliprange_value=config.cliprange_value,
-            num_tokens=num_tokens,
-            backend=config.ops_backend,
-        )
-        self.models.backward(policy.policy_loss, value.loss, last=last)
-        stats = {
+        policy, value = self.models.backward(inputs, ppo_loss, value_loss, last=last)
+        gap = torch.where(shared["mask"], policy.stats["logprobs"] - part.rollout.logprobs[tokens], 0.0).abs()
+        return {
             "loss/policy_avg": policy.policy_loss.detach(),
             "loss/value_avg": value.loss.detach(),
             "policy/approxkl_avg": policy.stats["approx_kl"],
@@ -276,8 +264,9 @@ class PPOTrainer:
             "policy/entropy_avg": policy.stats["entropy"],
             "policy/ratio_max": policy.stats["ratio_max"],
             "val/clipfrac_avg": value.stats["value_clip_fraction"],
+            "rollout/logprob_drift_max": gap.max(),
+            "rollout/logprob_drift_mean": gap.sum() / num_tokens,
         }
-        return stats, logprobs.detach()
 
     def step(self) -> Metrics:
         """One optimiser step of the policy and the critic: both, or neither when a gradient of either is not finite."""

@@ -74,11 +74,11 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, world: Wor
 
 
 def summed(shares: list[dict[str, Tensor]], world: World) -> Metrics:
-    """Statistics of a whole step from those of its micro-batches on all ranks: sums, and the maximum of ratio_max."""
+    """Statistics of a whole step from those of its micro-batches on all ranks: sums (of names in _max: maxima)."""
     metrics = {}
     for name in shares[0]:
         values = torch.stack([share[name].double() for share in shares])
-        if name == "policy/ratio_max":
+        if name.endswith("_max"):
             metrics[name] = float(all_reduce_max(values.max(), world))
         else:
             metrics[name] = float(all_reduce_sum(values.sum(), world))

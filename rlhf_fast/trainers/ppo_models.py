@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_fast import ops
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.distributed import World
 from rlhf_fast.engine import Engine
@@ -76,12 +78,25 @@ class PPOModels:
         )
         return {"policy": self.policy, "critic": self.critic}
 
-    def evaluate(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """The trained models' log-probs, entropies and values of the N tokens of `inputs`, each [N]."""
-        outputs = self.policy(*inputs, temperature=self.config.temperature, ops_backend=self.config.ops_backend)
+    def backward(
+        self, inputs: Inputs, ppo_loss: dict[str, Any], value_loss: dict[str, Any], *, last: bool
+    ) -> tuple[ops.PPOLoss, ops.ValueLoss]:
+        """Losses of one micro-batch and their gradients; on a shared trunk vf_coef weighs the value loss.
+
+        ppo_loss, value_loss: the arguments, [N], of these ops besides what the models give. A critic of its own runs
+        after the policy's backward, so that the activations of one model are alive at a time.
+        """
+        arguments = ppo_loss | {"temperature": self.config.temperature, "ops_backend": self.config.ops_backend}
         if self.critic is None:
-            return outputs
-        return (*outputs, self.critic(*inputs[:3]))
+            policy, values = self.policy(*inputs, **arguments)
+            value = ops.value_loss(values, **value_loss, backend=self.config.ops_backend)
+            self.policy.backward(policy.policy_loss + self.config.vf_coef * value.loss, last=last)
+        else:
+            policy = self.policy(*inputs, **arguments)
+            self.policy.backward(policy.policy_loss, last=last)
+            value = ops.value_loss(self.critic(*inputs[:3]), **value_loss, backend=self.config.ops_backend)
+            self.critic.backward(value.loss, last=last)
+        return policy, value
 
     @torch.no_grad()
     def forward(self, rollout: Rollout, mask: Tensor, *, logprobs: bool) -> tuple[Tensor | None, Tensor, Tensor | None]:
@@ -128,14 +143,6 @@ class PPOModels:
         if self.reference is not None:
             flat["reference"] = self.reference(*inputs, **arguments)[0]
         return flat
-
-    def backward(self, policy_loss: Tensor, value_loss: Tensor, *, last: bool) -> None:
-        """Add the gradients of one micro-batch; on a shared trunk vf_coef weighs the value loss."""
-        if self.critic is None:
-            self.policy.backward(policy_loss + self.config.vf_coef * value_loss, last=last)
-        else:
-            self.policy.backward(policy_loss, last=last)
-            self.critic.backward(value_loss, last=last)
 
 
 def sequence_lengths(rollout: Rollout) -> list[int]:

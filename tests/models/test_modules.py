@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast import ops
 from rlhf_fast.errors import ModelError
 from rlhf_fast.models import (
     PolicyModel,
@@ -77,6 +78,41 @@ def test_gradients_are_the_plain_ones(family: str, kept: bool, monkeypatch: pyte
     got = gradients(*PolicyModel(model)(input_ids, rows, positions, ids, temperature=0.8))
     for ours, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["logits kept", "logits never whole"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "phi", "cohere"])
+def test_with_its_arguments_a_policy_gives_the_ppo_loss(
+    family: str, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "LOGITS_BYTES", 2**30 if kept else 0)
+    model = tiny_model(family, torch.float64)
+    shared, batch = SharedModel(model), ragged_batch()
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(3, len(batch[3]), dtype=torch.float64, generator=generator)
+    mask = torch.arange(len(batch[3])) % 5 != 1
+    logprobs, entropy = PolicyModel(model)(*batch, temperature=0.8)
+    arguments: dict[str, Any] = {
+        "old_logprobs": logprobs.detach() + 0.3 * noise[0],
+        "advantages": noise[1],
+        "mask": mask,
+        "ref_logprobs": logprobs.detach() + noise[2],
+        "kl_coef": 0.1,
+        "entropy_coef": 0.05,
+        "num_tokens": 40,
+    }
+    wanted = ops.ppo_loss(logprobs, entropy=entropy, **arguments)
+    gradients = torch.autograd.grad(wanted.policy_loss, list(model.parameters()))
+    of_policy = PolicyModel(model)(*batch, temperature=0.8, **arguments)
+    of_shared, values = shared(*batch, temperature=0.8, **arguments)
+    assert values.shape == logprobs.shape
+    for loss in (of_policy, of_shared):
+        torch.testing.assert_close(loss.policy_loss, wanted.policy_loss, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(loss.stats["logprobs"], torch.where(mask, logprobs.detach(), 0))
+        for ours, theirs in zip(
+            torch.autograd.grad(loss.policy_loss, list(model.parameters())), gradients, strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 def test_the_head_of_a_half_precision_model_is_fp32() -> None:

@@ -37,11 +37,16 @@ def scalar() -> nn.Module:
 
 
 def outputs(model: Any, row: Tensor, inner: nn.Module) -> Tensor:
-    """All that the module says about one sequence [1, L], as one vector."""
+    """All that the module says about one sequence [1, L], as one vector: for a SharedModel PPO's loss and values."""
     positions = torch.arange(LENGTH - 1)
     places = (torch.zeros_like(positions), positions)
-    found = model(row, *places) if isinstance(inner, ScalarModel) else model(row, *places, row[0, 1:])
-    return torch.cat(found) if isinstance(found, tuple) else found
+    if isinstance(inner, ScalarModel):
+        return model(row, *places)
+    if isinstance(inner, PolicyModel):
+        return torch.cat(model(row, *places, row[0, 1:]))
+    old, mask = torch.linspace(-6, -4, LENGTH - 1), positions != 2
+    loss, values = model(row, *places, row[0, 1:], old_logprobs=old, advantages=old + 5, mask=mask, num_tokens=2)
+    return torch.cat([loss.policy_loss[None], values])
 
 
 def check(make: Callable[[], nn.Module], world: World, *, checkpointing: bool, logits_bytes: int) -> None:
@@ -70,4 +75,5 @@ if __name__ == "__main__":
     ranks = init_distributed("cpu")
     check(tied, ranks, checkpointing=True, logits_bytes=0)
     check(shared, ranks, checkpointing=False, logits_bytes=2**30)
+    check(shared, ranks, checkpointing=True, logits_bytes=0)
     check(scalar, ranks, checkpointing=True, logits_bytes=2**30)

@@ -6,12 +6,13 @@ The models' outputs are given; all that comes after them is the trainer's own pa
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from rlhf_fast import PPOConfig, PPOTrainer
+from rlhf_fast import PPOConfig, PPOTrainer, ops
 from rlhf_fast.data import PromptExample
 from rlhf_fast.generation import Rollout
 from rlhf_fast.rewards import RewardScores
@@ -44,6 +45,32 @@ GOLDEN = {
 }
 
 
+class GivenPolicy:
+    """In place of the policy's engine: the given log-probs are those of `ids`, one other token has the rest."""
+
+    def __call__(
+        self, input_ids: Tensor, rows: Tensor, positions: Tensor, ids: Tensor, ops_backend: str, **ppo_loss: Any
+    ) -> ops.PPOLoss:
+        given = NEW_LOGPROBS[MASK]
+        logits = torch.full((len(ids), 10), -torch.inf, dtype=torch.float64)
+        logits[:, 0] = torch.log1p(-given.exp())
+        logits[torch.arange(len(ids)), ids] = given
+        return ops.logits_ppo_loss(logits, ids, backend=ops_backend, **ppo_loss)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        pass
+
+
+class GivenCritic:
+    """In place of the critic's engine."""
+
+    def __call__(self, input_ids: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        return NEW_VALUES[MASK]
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        pass
+
+
 @pytest.mark.parametrize("semantics", ["default", "dschat"])
 def test_golden_case(semantics: str, letters_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = PPOConfig(
@@ -73,13 +100,12 @@ def test_golden_case(semantics: str, letters_model: Path, tmp_path: Path, monkey
         return outputs[0], outputs[1], outputs[2] if logprobs else None
 
     monkeypatch.setattr(trainer.models, "forward", forward)
-    new = (NEW_LOGPROBS[MASK], torch.ones_like(NEW_LOGPROBS[MASK]), NEW_VALUES[MASK])
-    monkeypatch.setattr(trainer.models, "evaluate", lambda inputs: new)
-    monkeypatch.setattr(trainer.models, "backward", lambda policy_loss, value_loss, last: None)
+    monkeypatch.setattr(trainer.models, "policy", GivenPolicy())
+    monkeypatch.setattr(trainer.models, "critic", GivenCritic())
 
     prompts = [PromptExample(prompt_ids=ids, prompt="", columns={}) for ids in rollout.prompt_ids]
     experience = trainer.experience(Scored(prompts, rollout, ["", ""], RewardScores(SCORES, {})))
-    stats, _ = trainer.losses(experience, MASK.sum(), last=True)
+    stats = trainer.losses(experience, MASK.sum(), last=True)
 
     advantages, returns, actor_loss, critic_loss = GOLDEN[semantics]
     torch.testing.assert_close(experience.advantages, torch.tensor(advantages, dtype=torch.float64), rtol=0, atol=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,29 @@ def test_gradient_checkpointing_recomputes_layers(on: bool, letters_model: Path,
         model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     trainer.train()
     assert sum(calls) == (4 if on else 2)  # of two models, one micro-batch
+
+
+def test_activations_of_one_model_are_alive_at_a_time(letters_model: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(letters_model, tmp_path, micro_batch_tokens=16)
+    policy, critic = trainer.models.causal_lm, trainer.models.critic_module
+    activations: list[weakref.ref[torch.Tensor]] = []
+    alive = []
+
+    def keep(module: Any, inputs: tuple[torch.Tensor]) -> None:
+        if torch.is_grad_enabled():
+            activations.append(weakref.ref(inputs[0]))  # which the weight's gradient needs
+
+    def starts(*_: Any) -> None:
+        if torch.is_grad_enabled():
+            alive.append(sum(activation() is not None for activation in activations))
+
+    for layer in policy.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(keep)
+    assert critic is not None
+    critic.register_forward_pre_hook(starts)
+    trainer.train()
+    assert len(activations) >= 2 * len(alive) > 2
+    assert not any(alive)
 
 
 def test_non_score_reward_is_the_kl_term_alone(letters_model: Path, tmp_path: Path) -> None:
