@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -20,13 +21,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pybind11
 import torch
 
 from rlhf_fast.errors import BuildError, ConfigError
@@ -34,7 +38,7 @@ from rlhf_fast.errors import BuildError, ConfigError
 CSRC = Path(__file__).resolve().parent / "csrc"
 WITHOUT = 'Without it, backend="reference" (in a config: ops_backend: reference) works on any machine.'
 
-# csrc/cpu/*.cpp is compiled once for each; ops.cpp chooses one when it runs. See csrc/cpu/isa.h.
+# Kernels are compiled once for each, and one is chosen when they run. See csrc/cpu/isa.h.
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {"baseline": ()}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ("-mavx2", "-mfma", "-mf16c")
@@ -63,11 +67,29 @@ class Library:
 
 def ops_library() -> Library:
     """The operators torch.ops.rlhf_fast.*: registered with PyTorch's dispatcher, so no Python binding is needed."""
-    kernels = sorted((CSRC / "cpu").glob("*.cpp"))
-    units = [Unit(kernel, flags) for kernel in kernels for flags in INSTRUCTION_SETS.values()]
-    headers = sorted(CSRC.rglob("*.h"))
+    sources = sorted((CSRC / "cpu").glob("*.cpp"))
+    headers = sorted([*(CSRC / "cpu").glob("*.h"), *(CSRC / "ops").glob("*.h")])
     # Nothing in ops.cpp is hot; -O1 compiles it in less time.
-    return Library("_ops", (Unit(CSRC / "ops.cpp", ("-O1",)), *units), tuple(headers))
+    return Library("_ops", (Unit(CSRC / "ops.cpp", ("-O1",)), *_kernels(sources)), tuple(headers))
+
+
+def generation_library() -> Library:
+    """The decoder, a Python module. Of its sources those in namespace RLHF_FAST_ISA are kernels."""
+    folder = CSRC / "generation"
+    sources = sorted(folder.glob("*.cpp"))
+    kernels = [source for source in sources if "namespace rlhf_fast::RLHF_FAST_ISA" in source.read_text("utf-8")]
+    python = ("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"])
+    others = [
+        Unit(source, ("-O1", *python) if source.name == "bindings.cpp" else ())
+        for source in sources
+        if source not in kernels
+    ]
+    headers = sorted([*(CSRC / "cpu").glob("*.h"), *folder.glob("*.h")])
+    return Library("_generation", (*others, *_kernels(kernels)), tuple(headers))
+
+
+def _kernels(sources: list[Path]) -> list[Unit]:
+    return [Unit(source, flags) for source in sources for flags in INSTRUCTION_SETS.values()]
 
 
 @functools.cache
@@ -84,6 +106,26 @@ def load_ops() -> None:
         raise BuildError(f"cannot load {path}: {error}. Delete {path.parent} to build it again.") from error
 
 
+@functools.cache
+def load_generation() -> ModuleType:
+    """The C++ decoder as a module, built first if it is not in the cache.
+
+    Raises:
+        BuildError: there is no compiler, or it failed.
+    """
+    library = generation_library()
+    path = build(library)
+    spec = importlib.util.spec_from_file_location(library.name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise BuildError(f"cannot load {path}: {error}. Delete {path.parent} to build it again.") from error
+    return module
+
+
 def build_all(cuda_arch: str | None = None) -> None:
     """Build every library now and say where it is: `rlhf-fast build`.
 
@@ -95,12 +137,13 @@ def build_all(cuda_arch: str | None = None) -> None:
     """
     if cuda_arch is not None and not re.fullmatch(r"\d{2,3}a?(,\d{2,3}a?)*", cuda_arch):
         raise ConfigError(f"--cuda-arch: expected architectures such as 80,90; got {cuda_arch!r}")
-    library = ops_library()
-    there = find(library)
-    start = time.monotonic()
-    path = there or build(library)
+    for library in (ops_library(), generation_library()):
+        there = find(library)
+        start = time.monotonic()
+        path = there or build(library)
+        print(f"{library.name}: {'already built' if there else f'built in {time.monotonic() - start:.0f} s'}, {path}")
     load_ops()
-    print(f"{library.name}: {'already built' if there else f'built in {time.monotonic() - start:.0f} s'}, {path}")
+    load_generation()
     if cuda_arch is not None:
         print(f"CUDA: nothing to compile for {cuda_arch}; the GPU kernels are Triton's, compiled at their first call")
 

@@ -151,16 +151,22 @@ def _compiler_found() -> str:
 
 
 def _ops() -> list[Check]:
-    """Build and load the C++ ops, then ask them for their instruction set and for the threads that share their work."""
-    start = time.monotonic()
-    try:
-        there = build.find(build.ops_library())
-        path = there or build.build(build.ops_library())
-        build.load_ops()
-    except BuildError as error:
-        return [Check("C++ ops", _unless_gpu("problem"), "not built", str(error))]
-    built = "in the cache" if there else f"built in {time.monotonic() - start:.0f} s"
-    return [Check("C++ ops", "ok", f"{torch.ops.rlhf_fast.instruction_set()}, {built}: {path}"), _threads()]
+    """Build and load both libraries, then ask for the instruction set and for the threads that share the work."""
+    checks: list[Check] = []
+    for name, library, load in (
+        ("C++ ops", build.ops_library(), build.load_ops),
+        ("C++ decoder", build.generation_library(), build.load_generation),
+    ):
+        start = time.monotonic()
+        try:
+            there = build.find(library)
+            path = there or build.build(library)
+            load()
+        except BuildError as error:
+            return [*checks, Check(name, _unless_gpu("problem"), "not built", str(error))]
+        built = "in the cache" if there else f"built in {time.monotonic() - start:.0f} s"
+        checks.append(Check(name, "ok", f"{torch.ops.rlhf_fast.instruction_set()}, {built}: {path}"))
+    return [*checks, _threads()]
 
 
 def _threads() -> Check:

@@ -276,6 +276,7 @@ def test_build_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     build.build_all(cuda_arch="80,90a")
     output = capsys.readouterr().out
     assert "_ops: " in output
+    assert "_generation: " in output
     assert "CUDA: nothing to compile for 80,90a" in output
     with pytest.raises(ConfigError, match="expected architectures such as 80,90; got 'sm_80'"):
         build.build_all(cuda_arch="sm_80")

@@ -7,7 +7,6 @@
 #define AT_PER_OPERATOR_HEADERS
 #include <ATen/Parallel.h>
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -22,11 +21,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
-#include "../cpu/isa.h"
+#include "../cpu/choose_isa.h"
 #include "../cpu/rows.h"
 
 namespace rlhf_fast {
@@ -36,27 +32,6 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // ---- the machine ----------------------------------------------------------------------------------------------------
-
-// The best set that PyTorch uses (the environment variable ATEN_CPU_CAPABILITY lowers it) and that this CPU has whole.
-Isa choose_isa() {
-#if defined(__x86_64__)
-  const std::string aten = at::get_cpu_capability();
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-  __builtin_cpu_init();
-  const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && aten == "AVX512") return Isa::avx512;
-  if (avx2 && (aten == "AVX512" || aten == "AVX2")) return Isa::avx2;
-#endif
-  return Isa::baseline;
-}
-
-Isa isa() {
-  static const Isa chosen = choose_isa();
-  return chosen;
-}
 
 // Fresh memory is cleared by the operating system page by page at the first touch, which for a gradient of the logits'
 // size costs more than computing it. Large pages make that several times cheaper.

@@ -1,0 +1,38 @@
+// Which of the builds of a kernel (isa.h) this CPU runs.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include "isa.h"
+
+namespace rlhf_fast {
+namespace {
+
+// The best set that this CPU has whole. The environment variable ATEN_CPU_CAPABILITY lowers it, as it does PyTorch's.
+inline Isa choose_isa() {
+#if defined(__x86_64__)
+  const char* const given = getenv("ATEN_CPU_CAPABILITY");
+  const char* const limit = given ? given : "";
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  __builtin_cpu_init();
+  const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2 && strcmp(limit, "default") != 0) return avx512 && strcmp(limit, "avx2") != 0 ? Isa::avx512 : Isa::avx2;
+#endif
+  return Isa::baseline;
+}
+
+inline Isa isa() {
+  static const Isa chosen = choose_isa();
+  return chosen;
+}
+
+}  // namespace
+}  // namespace rlhf_fast

@@ -1,0 +1,47 @@
+// The decoder's face towards Python. Tensors come as the integers of data_ptr(): whoever calls keeps them alive and has
+// checked types and shapes.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include "linear.h"
+
+namespace py = pybind11;
+
+namespace rlhf_fast {
+namespace {
+
+std::string instruction_set() {
+  return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "baseline";
+}
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void linear_at(uintptr_t weight, WeightType type, int64_t out, int64_t in, int64_t row_stride, bool transposed,
+               uintptr_t bias, uintptr_t x, int64_t rows, int64_t x_stride, uintptr_t y, int64_t y_stride) {
+  const Linear layer{pointer<const void>(weight), type, out, in, row_stride, transposed, pointer<const void>(bias)};
+  linear(layer, pointer<const float>(x), rows, x_stride, pointer<float>(y), y_stride);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_generation, m) {
+  using namespace py::literals;
+  m.doc() = "The decoder of rlhf_fast, in C++.";
+  m.def("instruction_set", &instruction_set, "The instruction set that the kernels run on: baseline, avx2 or avx512.");
+
+  py::enum_<WeightType>(m, "WeightType")
+      .value("float32", WeightType::float32)
+      .value("bfloat16", WeightType::bfloat16)
+      .value("float16", WeightType::float16);
+
+  m.def("linear", &linear_at, "weight"_a, "type"_a, "out"_a, "in"_a, "row_stride"_a, "transposed"_a, "bias"_a, "x"_a,
+        "rows"_a, "x_stride"_a, "y"_a, "y_stride"_a, py::call_guard<py::gil_scoped_release>(),
+        "y = x . W^T + bias (or x . W when transposed); addresses, 0 for no bias, strides in elements.");
+}
+
+}  // namespace rlhf_fast

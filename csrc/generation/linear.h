@@ -1,0 +1,42 @@
+// The product of a linear layer, y = x . W^T + bias, for few rows (decoding) and many (prompts).
+//
+// The bits of a row of y depend on that row of x, the weights and the instruction set alone: not on how many rows come
+// with it, nor on its place among them, nor on the number of threads. Sums are taken in float, in the same order
+// whatever the number of rows (linear.cpp says which).
+#pragma once
+
+#include <cstdint>
+
+#include "../cpu/choose_isa.h"
+
+namespace rlhf_fast {
+
+enum class WeightType { float32, bfloat16, float16 };
+
+// A layer's weights where they lie.
+struct Linear {
+  const void* weight;  // [out, in], or [in, out] when transposed, as GPT-2's Conv1D keeps it
+  WeightType type;
+  int64_t out, in;
+  int64_t row_stride;  // from one row of `weight` to the next, in elements
+  bool transposed;
+  const void* bias;  // [out], of the weights' type, or null
+};
+
+#define RLHF_FAST_DECLARE(isa)                                                                                       \
+  namespace isa {                                                                                                    \
+  void linear(const Linear& layer, const float* x, int64_t rows, int64_t x_stride, float* y, int64_t y_stride);      \
+  }
+RLHF_FAST_FOR_EACH_ISA(RLHF_FAST_DECLARE)
+#undef RLHF_FAST_DECLARE
+
+namespace {
+
+// y[i * y_stride + n] for i < rows, n < layer.out from x[i * x_stride + k], k < layer.in. y must not overlap x. OpenMP's
+// threads share the work: call it outside of a parallel region.
+inline void linear(const Linear& layer, const float* x, int64_t rows, int64_t x_stride, float* y, int64_t y_stride) {
+  RLHF_FAST_KERNEL(isa(), linear)(layer, x, rows, x_stride, y, y_stride);
+}
+
+}  // namespace
+}  // namespace rlhf_fast
