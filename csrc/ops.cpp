@@ -9,6 +9,7 @@
 
 #include "ops/common.h"
 #include "ops/gather_logprobs.h"
+#include "ops/logits_ppo_loss.h"
 
 namespace rlhf_fast {
 namespace {
@@ -34,14 +35,17 @@ TORCH_LIBRARY(rlhf_fast, m) {
   m.def("instruction_set() -> str", &instruction_set);
   m.def("num_threads() -> int", &num_threads);
   define_gather_logprobs(m);
+  define_logits_ppo_loss(m);
 }
 
 TORCH_LIBRARY_IMPL(rlhf_fast, CPU, m) {
   implement_gather_logprobs_cpu(m);
+  implement_logits_ppo_loss_cpu(m);
 }
 
 TORCH_LIBRARY_IMPL(rlhf_fast, Meta, m) {
   implement_gather_logprobs_meta(m);
+  implement_logits_ppo_loss_meta(m);
 }
 
 }  // namespace rlhf_fast

@@ -78,6 +78,14 @@ bool rows_are_disjoint(const Tensor& logits) {
          (b >= vocabulary && a >= (outer - 1) * b + vocabulary);
 }
 
+LogitsType logits_type(const Tensor& logits) {
+  const auto type = logits.scalar_type();
+  return type == at::kFloat    ? LogitsType::float32
+         : type == at::kDouble ? LogitsType::float64
+         : type == at::kHalf   ? LogitsType::float16
+                               : LogitsType::bfloat16;
+}
+
 at::TensorOptions real_options(const Tensor& logits) {
   return logits.options().dtype(logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }

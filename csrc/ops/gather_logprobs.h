@@ -35,12 +35,8 @@ void check_ids(const Tensor& ids, int64_t vocabulary, int64_t ignore_index) {
 
 // What both passes are given. The tensors must outlive it.
 GatherLogprobs arguments(const Tensor& logits, const Tensor& ids, double temperature, int64_t ignore_index) {
-  const auto type = logits.scalar_type();
   return {
-      .type = type == at::kFloat    ? LogitsType::float32
-              : type == at::kDouble ? LogitsType::float64
-              : type == at::kHalf   ? LogitsType::float16
-                                    : LogitsType::bfloat16,
+      .type = logits_type(logits),
       .logits = logits.const_data_ptr(),
       .layout = *row_layout(logits),
       .vocabulary = logits.size(-1),
