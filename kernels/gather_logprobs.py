@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from rlhf_fast.kernels._rows import RowLayout, aligned, row_layout, rows_are_disjoint
 
 LOG2E = math.log2(math.e)
 LN2 = tl.constexpr(math.log(2.0))
@@ -224,7 +226,7 @@ def _forward(
     if rows > 0:
         with torch.cuda.device_of(logits):
             _forward_kernel[(rows,)](
-                _aligned(logits, layout),
+                aligned(logits, layout),
                 ids.contiguous(),
                 logprobs,
                 entropy,
@@ -298,12 +300,12 @@ def _launch_backward(
     if rows == 0:
         return
     with torch.cuda.device_of(logits):
-        same_layout = _row_layout(grad) == layout
+        same_layout = row_layout(grad) == layout
         _backward_kernel[(rows,)](
-            _aligned(grad, layout) if same_layout else grad,
+            aligned(grad, layout) if same_layout else grad,
             None if grad_logprobs is None else grad_logprobs.contiguous(),
             None if grad_entropy is None else grad_entropy.contiguous(),
-            _aligned(logits, layout),
+            aligned(logits, layout),
             ids.contiguous(),
             entropy,
             stats,
@@ -329,7 +331,7 @@ def _differentiate(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor 
     saved = (grad_logprobs, grad_entropy, logits, ids, entropy, stats, ctx.temperature, ctx.ignore_index)
     # While a graph is traced nothing may be overwritten behind the tracer's back: the permission is not used.
     traced = is_in_torch_dispatch_mode() or type(logits) not in (Tensor, torch.nn.Parameter)
-    if ctx.inplace_backward and not traced and _rows_are_disjoint(logits):
+    if ctx.inplace_backward and not traced and rows_are_disjoint(logits):
         grad = logits.detach()
         _launch_backward(grad, *saved)
         torch.autograd.graph.increment_version(logits)  # whoever else saved them gets an error, not a wrong gradient
@@ -341,66 +343,16 @@ def _differentiate(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-class _RowLayout(NamedTuple):
-    """Row r starts at element offset + r // inner * outer_stride + r % inner * inner_stride, counted from _aligned."""
-
-    offset: int  # within 16 bytes
-    inner: int
-    outer_stride: int
-    inner_stride: int
-
-
-def _row_layout(logits: Tensor) -> _RowLayout | None:
-    """None when rows are not contiguous in themselves or lie in more than two levels of strides."""
-    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
-        return None
-    levels: list[list[int]] = []  # [size, stride], from the inside out
-    for size, stride in zip(reversed(logits.shape[:-1]), reversed(logits.stride()[:-1]), strict=True):
-        if size == 1:
-            continue
-        if levels and stride == levels[-1][0] * levels[-1][1]:
-            levels[-1][0] *= size
-        else:
-            levels.append([size, stride])
-    if len(levels) > 2:
-        return None
-    (inner, inner_stride), (_, outer_stride) = (*levels, [1, 0], [1, 0])[:2]
-    return _RowLayout(_offset(logits), inner, outer_stride, inner_stride)
-
-
-def _offset(logits: Tensor) -> int:
-    return int(logits.storage_offset()) % (16 // logits.element_size())
-
-
-def _aligned(logits: Tensor, layout: _RowLayout) -> Tensor:
-    """The 16-byte border at or before the first logit: the kernel is compiled for a pointer to one."""
-    return logits.as_strided((), (), logits.storage_offset() - layout.offset)
-
-
-def _rows_are_disjoint(logits: Tensor) -> bool:
-    """Whether each row can be overwritten: rows of an expanded tensor share their memory."""
-    layout = _row_layout(logits)
-    if layout is None or logits.numel() == 0:
-        return False
-    vocabulary = logits.shape[-1]
-    outer = logits.numel() // vocabulary // layout.inner
-    a = layout.inner_stride if layout.inner > 1 else vocabulary
-    b = layout.outer_stride if outer > 1 else layout.inner * a
-    return (a >= vocabulary and b >= (layout.inner - 1) * a + vocabulary) or (
-        b >= vocabulary and a >= (outer - 1) * b + vocabulary
-    )
-
-
-def _with_rows(logits: Tensor) -> tuple[Tensor, _RowLayout]:
+def _with_rows(logits: Tensor) -> tuple[Tensor, RowLayout]:
     """The logits, copied if their rows cannot be addressed, and where their rows are."""
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"gather_logprobs: Triton takes float32, bfloat16 and float16 logits; got {logits.dtype}")
     if not (logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         raise ValueError(f"gather_logprobs: Triton needs logits on a GPU; got {logits.device}")
-    layout = _row_layout(logits)
+    layout = row_layout(logits)
     if layout is not None:
         return logits, layout
-    return logits.contiguous(), _RowLayout(0, max(logits.numel() // logits.shape[-1], 1), 0, logits.shape[-1])
+    return logits.contiguous(), RowLayout(0, max(logits.numel() // logits.shape[-1], 1), 0, logits.shape[-1])
 
 
 def _launch_options(logits: Tensor) -> dict[str, int]:
