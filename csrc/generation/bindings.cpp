@@ -6,6 +6,7 @@
 #include <string>
 
 #include "linear.h"
+#include "sampler.h"
 
 namespace py = pybind11;
 
@@ -27,6 +28,22 @@ void linear_at(uintptr_t weight, WeightType type, int64_t out, int64_t in, int64
   linear(layer, pointer<const float>(x), rows, x_stride, pointer<float>(y), y_stride);
 }
 
+py::tuple sample_at(uintptr_t logits, int64_t vocabulary, double temperature, double top_p, double min_p,
+                    double repetition_penalty, int64_t top_k, int64_t min_tokens, uintptr_t stop_ids,
+                    int64_t stop_count, uint64_t seed, uint32_t sample_number, uint32_t position, uintptr_t seen) {
+  const SamplingOptions options{.temperature = temperature,
+                                .top_p = top_p,
+                                .min_p = min_p,
+                                .repetition_penalty = repetition_penalty,
+                                .top_k = top_k,
+                                .min_tokens = min_tokens,
+                                .stop_ids = pointer<const int32_t>(stop_ids),
+                                .stop_count = stop_count};
+  const Sampled drawn = sample(pointer<const float>(logits), vocabulary, options, {seed, sample_number, position},
+                               pointer<const uint64_t>(seen));
+  return py::make_tuple(drawn.token, drawn.logprob, drawn.sampled_logprob);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_generation, m) {
@@ -42,6 +59,11 @@ PYBIND11_MODULE(_generation, m) {
   m.def("linear", &linear_at, "weight"_a, "type"_a, "out"_a, "in"_a, "row_stride"_a, "transposed"_a, "bias"_a, "x"_a,
         "rows"_a, "x_stride"_a, "y"_a, "y_stride"_a, py::call_guard<py::gil_scoped_release>(),
         "y = x . W^T + bias (or x . W when transposed); addresses, 0 for no bias, strides in elements.");
+
+  m.def("sample", &sample_at, "logits"_a, "vocabulary"_a, "temperature"_a, "top_p"_a, "min_p"_a, "repetition_penalty"_a,
+        "top_k"_a, "min_tokens"_a, "stop_ids"_a, "stop_count"_a, "seed"_a, "sample"_a, "position"_a, "seen"_a,
+        "(token, log-prob, log-prob in what it was drawn from) of one row, as sampler.h says; addresses of float32 "
+        "logits, int32 stop_ids and a bit a token in 64-bit words for seen.");
 }
 
 }  // namespace rlhf_fast
