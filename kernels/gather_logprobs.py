@@ -318,6 +318,27 @@ def _launch_backward(
         )
 
 
+def backward_(
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    ids: Tensor,
+    stats: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    ignore_index: int,
+) -> None:
+    """The gradient over the logits themselves, for ops that made these and need them no more."""
+    _launch_backward(logits, grad_logprobs, grad_entropy, logits, ids, entropy, stats, temperature, ignore_index)
+
+
+def forward(
+    logits: Tensor, ids: Tensor, temperature: float, return_entropy: bool, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprobs, entropy, stats) for `backward_`; not differentiable."""
+    return _forward(logits, ids, temperature, return_entropy, ignore_index, False)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     logits, ids, ctx.temperature, return_entropy, ctx.ignore_index, ctx.inplace_backward = inputs
     _, entropy, stats = output

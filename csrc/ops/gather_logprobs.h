@@ -118,6 +118,19 @@ Tensor gather_logprobs_backward_meta(const OptionalTensor&, const OptionalTensor
   return at::empty_symint(logits.sym_sizes(), logits.options());
 }
 
+// The gradient over the logits themselves, for ops that made these and need them no more.
+void gather_logprobs_backward_(const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy, Tensor& logits,
+                               const Tensor& ids, const Tensor& stats, const Tensor& entropy, double temperature,
+                               int64_t ignore_index) {
+  TORCH_CHECK(logits.numel() == 0 || rows_are_disjoint(logits),
+              "gather_logprobs: logits whose rows share memory cannot be overwritten");
+  gather_logprobs_backward_into(logits, grad_logprobs, grad_entropy, logits, ids, stats, entropy, temperature,
+                                ignore_index);
+}
+
+void gather_logprobs_backward_meta_(const OptionalTensor&, const OptionalTensor&, Tensor&, const Tensor&, const Tensor&,
+                                    const Tensor&, double, int64_t) {}
+
 struct GatherLogprobsFunction : torch::autograd::Function<GatherLogprobsFunction> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& logits,
                                                 const Tensor& ids, double temperature, bool return_entropy,
@@ -180,16 +193,22 @@ void define_gather_logprobs(torch::Library& m) {
       "_gather_logprobs_backward(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, Tensor ids, Tensor stats, "
       "Tensor entropy, float temperature, int ignore_index) -> Tensor",
       tags);
+  m.def(
+      "_gather_logprobs_backward_(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, Tensor ids, "
+      "Tensor stats, Tensor entropy, float temperature, int ignore_index) -> ()",
+      tags);
 }
 
 void implement_gather_logprobs_cpu(torch::Library& m) {
   m.impl("_gather_logprobs_forward", &gather_logprobs_forward);
   m.impl("_gather_logprobs_backward", &gather_logprobs_backward);
+  m.impl("_gather_logprobs_backward_", &gather_logprobs_backward_);
 }
 
 void implement_gather_logprobs_meta(torch::Library& m) {
   m.impl("_gather_logprobs_forward", &gather_logprobs_forward_meta);
   m.impl("_gather_logprobs_backward", &gather_logprobs_backward_meta);
+  m.impl("_gather_logprobs_backward_", &gather_logprobs_backward_meta_);
 }
 
 }  // namespace

@@ -90,7 +90,7 @@ def number(
 
 def temperature(op: str, value: float) -> None:
     number(op, "temperature", value, above=0.0)
-    if math.isinf(value):
+    if value == math.inf:  # math.isinf cannot be traced
         raise ValueError(f"{op}: temperature must be finite; got {value!r}")
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, cast, overload
 
+import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _checks, reference
-from rlhf_fast.ops._dispatch import REFERENCE_ONLY, Backend, choose_backend
+from rlhf_fast.ops._dispatch import Backend, Implementation, choose_backend, load_compiled_ops
+from rlhf_fast.ops._head_chunks import HeadChunks, compute_dtype, fake_gradients, row_kernels
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("triton", "cpp", "reference")
 
 
 @overload
@@ -87,7 +91,16 @@ def linear_logprobs(
     _checks.temperature("linear_logprobs", temperature)
     unless = f"equal to ignore_index ({ignore_index})"
     _checks.ids_in_range("linear_logprobs", ids, weight.shape[0], ids != ignore_index, unless)
-    choose_backend("linear_logprobs", backend, REFERENCE_ONLY, hidden.device)
+    if backend == "auto" and hidden.is_cuda and compute_dtype(hidden, weight, bias) == torch.float64:
+        backend = "reference"  # the Triton kernels compute in float32
+    implementation = choose_backend("linear_logprobs", backend, IMPLEMENTATIONS, hidden.device)
+    if implementation != "reference":
+        if implementation == "cpp":
+            load_compiled_ops()
+        logprobs, entropy, _ = _forward(
+            hidden, weight, ids, bias, temperature, softcap, scale, return_entropy, ignore_index, implementation
+        )
+        return (logprobs, entropy) if return_entropy else logprobs
     return reference.linear_logprobs(
         hidden,
         weight,
@@ -99,3 +112,145 @@ def linear_logprobs(
         return_entropy=return_entropy,
         ignore_index=ignore_index,
     )
+
+
+@torch.library.custom_op("rlhf_fast::_linear_logprobs", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    return_entropy: bool,
+    ignore_index: int,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprobs, entropy (empty unless asked for), what the row kernel's backward pass needs: [..., 2])"""
+    head = HeadChunks(hidden, weight, bias, ids != ignore_index, temperature=temperature, softcap=softcap, scale=scale)
+    forward, _ = row_kernels(cast(Implementation, implementation))
+    used_ids = head.take(ids)
+    logprobs, stats = hidden.new_empty(head.count, dtype=head.dtype), hidden.new_empty(head.count, 2, dtype=head.dtype)
+    entropy = torch.empty_like(logprobs)
+
+    def kernel(rows: slice, logits: Tensor) -> None:
+        found = forward(logits, used_ids[rows], head.temperature, return_entropy, ignore_index)
+        for all_rows, part in zip((logprobs, entropy, stats), found, strict=True):
+            if part.numel():
+                all_rows[rows] = part
+
+    head.run(kernel)
+    return head.put(logprobs), head.put(entropy) if return_entropy else entropy.new_empty(0), head.put(stats)
+
+
+@_forward.register_fake
+def _forward_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    return_entropy: bool,
+    ignore_index: int,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs = hidden.new_empty(ids.shape, dtype=compute_dtype(hidden, weight, bias))
+    entropy = logprobs.new_empty(ids.shape if return_entropy else (0,))
+    return logprobs, entropy, logprobs.new_empty((*ids.shape, 2))
+
+
+@torch.library.custom_op("rlhf_fast::_linear_logprobs_backward", mutates_args=())
+def _backward(
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    entropy: Tensor,
+    stats: Tensor,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    ignore_index: int,
+    implementation: str,
+    gradients: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of hidden, weight and bias, in fp32 (float64). The logits are made once more."""
+    used = torch.zeros_like(ids, dtype=torch.bool)  # a row without a gradient is not looked at
+    for g in (grad_logprobs, grad_entropy):
+        if g is not None:
+            used |= (ids != ignore_index) & (g != 0)
+    head = HeadChunks(
+        hidden,
+        weight,
+        bias,
+        used,
+        temperature=temperature,
+        softcap=softcap,
+        scale=scale,
+        gradients=(gradients[0], gradients[1], gradients[2]),
+    )
+    _, backward = row_kernels(cast(Implementation, implementation))
+    g, h = (None if x is None else head.take(x) for x in (grad_logprobs, grad_entropy))
+    used_ids, used_stats = head.take(ids), head.take(stats)
+    used_entropy = entropy if h is None else head.take(entropy)
+
+    def kernel(rows: slice, logits: Tensor) -> None:
+        backward(
+            None if g is None else g[rows],
+            None if h is None else h[rows],
+            logits,
+            used_ids[rows],
+            used_stats[rows],
+            used_entropy if h is None else used_entropy[rows],
+            head.temperature,
+            ignore_index,
+        )
+
+    head.run(kernel)
+    return head.gradients()
+
+
+@_backward.register_fake
+def _backward_fake(
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    entropy: Tensor,
+    stats: Tensor,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    ignore_index: int,
+    implementation: str,
+    gradients: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_gradients(hidden, weight, bias, gradients)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, ids, bias, ctx.temperature, ctx.softcap, ctx.scale, return_entropy, ctx.ignore_index, _ = inputs
+    ctx.implementation = inputs[-1]
+    _, entropy, stats = output
+    ctx.save_for_backward(hidden, weight, ids, bias, entropy, stats)
+    ctx.mark_non_differentiable(*([stats] if return_entropy else [entropy, stats]))
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None) -> tuple[Any, ...]:
+    needed = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    options = (ctx.temperature, ctx.softcap, ctx.scale, ctx.ignore_index, ctx.implementation)
+    found = _backward(grad_logprobs, grad_entropy, *ctx.saved_tensors, *options, needed)
+    hidden, weight, _, bias, *_ = ctx.saved_tensors
+    grads = [g.to(x.dtype) if need else None for g, x, need in zip(found, (hidden, weight, bias), needed, strict=True)]
+    return grads[0], grads[1], None, grads[2], None, None, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

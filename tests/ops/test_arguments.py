@@ -63,7 +63,6 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
     ("linear_logprobs", {"ids": ids - 1}, "ids must be from 0 to 4"),
     ("linear_logprobs", {"ids": ids[0]}, "ids must have shape [2, 3], hidden's without H; got [3]"),
     ("linear_logprobs", {"temperature": 0.0}, "temperature must be above 0; got 0.0"),
-    ("linear_logprobs", {"backend": "cpp"}, "linear_logprobs has no 'cpp' backend yet; it has 'reference'"),
     ("gae", {"values": x_short}, "values must have shape [2, 3], like mask; got [2, 2]"),
     ("gae", {"rewards": elsewhere}, "rewards must be on cpu like the other arguments; got meta"),
     ("gae", {"mask": mask[0]}, "mask must have shape [B, T]; got [3]"),
