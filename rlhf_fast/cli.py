@@ -102,6 +102,15 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("overrides", nargs="*", metavar="key=value", help="sampling: temperature=0.7 max_tokens=64")
     generate.set_defaults(run=_generate)
 
+    chat = commands.add_parser("chat", help="talk to a model; over a pipe one message a line")
+    chat.add_argument("--model", required=True, help="folder of a causal LM")
+    chat.add_argument("--system_prompt", metavar="TEXT")
+    chat.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token (default: 0.7)")
+    chat.add_argument("--top_p", type=float, default=0.95, help="default: 0.95")
+    chat.add_argument("--max_new_tokens", type=int, default=256, help="of one answer (default: 256)")
+    chat.add_argument("--seed", type=int, help="the same answers each time")
+    chat.set_defaults(run=_chat)
+
     evaluate = commands.add_parser("eval", help="score a policy's completions of held-out prompts")
     evaluate.add_argument("--config", type=Path, required=True, help="a PPO config: its eval_data, reward, sampling")
     evaluate.add_argument("--model", help="folder of the policy (default: output_dir/final)")
@@ -200,6 +209,24 @@ def _generate(args: argparse.Namespace) -> int:
             "logprob": sum(completion.logprobs),
         }
         print(json.dumps(row, ensure_ascii=False))
+    return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from rlhf_fast.chat import Conversation, chat
+    from rlhf_fast.generation import Generator, SamplingParams
+    from rlhf_fast.models import check_vocabulary, load_causal_lm, load_tokenizer
+
+    try:
+        params = SamplingParams(
+            temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens, seed=args.seed
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error).replace("max_tokens", "max_new_tokens")) from None
+    tokenizer = load_tokenizer(args.model)
+    model = load_causal_lm(args.model, dtype="float32")
+    check_vocabulary(model, tokenizer)
+    chat(Conversation(Generator(model, tokenizer), params, args.system_prompt))
     return 0
 
 

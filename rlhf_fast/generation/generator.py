@@ -18,6 +18,7 @@ from .params import Completion, FinishReason, SamplingParams
 from .rollout import Rollout
 from .sampler import Sampler
 from .stop_strings import StopStrings
+from .streaming import Pieces, StreamedText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,6 +113,20 @@ class Generator:
             )
         return completions
 
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams) -> Pieces:
+        """The text of one completion in pieces, while it is decoded; together they are the text that `generate` gives,
+        less a character that max_tokens cuts in two. Closing it (.close()) ends the decoding.
+
+        Raises ValueError: no tokenizer, params.n above 1. The first piece raises what `generate` does.
+        """
+        if self.tokenizer is None:
+            raise ValueError("stream: text needs a tokenizer; give Generator one")
+        if params.n != 1:
+            raise ValueError(f"stream: one completion at a time, got n={params.n}")
+        prompt_ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
+        text = StreamedText(self.tokenizer, self._watched(params), params.min_tokens)
+        return text.pieces(lambda: self._run([prompt_ids], params, None, text))
+
     def rollout(
         self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seeds: Sequence[int] | None = None
     ) -> Rollout:
@@ -142,12 +157,25 @@ class Generator:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _run(self, prompts: list[list[int]], params: SamplingParams, seeds: Sequence[int] | None) -> _Results:
+    def _run(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        seeds: Sequence[int] | None,
+        watcher: StopStrings | None = None,
+    ) -> _Results:
+        """`watcher`: of the only row, where it is not to be a new one."""
         limits = [self._limit(i, prompt, params) for i, prompt in enumerate(prompts)]
         seeds = self._seeds(len(prompts), params, seeds)
         stop_ids = torch.tensor(self._stop_ids(params), dtype=torch.int64, device=self.model.device)
         stop = self._watched(params)
         rows = [(i, j) for i in range(len(prompts)) for j in range(params.n)]
+
+        def watchers(rows: int) -> list[StopStrings] | None:
+            if watcher is not None:
+                return [watcher]
+            return [StopStrings(self.tokenizer, stop, params.min_tokens) for _ in range(rows)] if stop else None
+
         with self._busy:
             self._abort.clear()
             started = time.perf_counter()
@@ -169,7 +197,7 @@ class Generator:
                     sampler,
                     limit=limits[chosen[0][0]],
                     stop_ids=stop_ids,
-                    watchers=[StopStrings(self.tokenizer, stop, params.min_tokens) for _ in batch] if stop else None,
+                    watchers=watchers(len(batch)),
                     abort=self._abort,
                 )
                 _put(results, batch, decoded)
