@@ -37,7 +37,6 @@ inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c
 inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline float sum(Floats a) { return _mm512_reduce_add_ps(a); }
 inline float largest(Floats a) { return _mm512_reduce_max_ps(a); }
-inline __m256 add_halves(Floats a) { return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)); }
 // a * 2^(the low 9 bits of b's representation - 127); b's low bits 0 give 0.
 inline Floats scale_by_bits(Floats a, Floats b) {
   return mul(a, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(b), 23)));
@@ -182,20 +181,23 @@ inline void store(float16* p, Floats a) {
 
 #endif
 
-// out[i] = the sum of v[i]'s lanes, added in the same order for each i.
-inline void sum4(const Floats (&v)[4], float* out) {
+using FourFloats = float __attribute__((vector_size(16)));
+
+// The sums of the lanes of a, b, c and d, each added in the same order.
+inline FourFloats sum4(Floats a, Floats b, Floats c, Floats d) {
 #if defined(RLHF_FAST_AVX512)
-  const __m256 a = add_halves(v[0]), b = add_halves(v[1]), c = add_halves(v[2]), d = add_halves(v[3]);
+  const auto halved = [](Floats v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); };
+  const __m256 p = halved(a), q = halved(b), r = halved(c), s = halved(d);
 #elif defined(RLHF_FAST_AVX2)
-  const __m256 a = v[0], b = v[1], c = v[2], d = v[3];
+  const __m256 p = a, q = b, r = c, s = d;
 #endif
 #if defined(RLHF_FAST_AVX512) || defined(RLHF_FAST_AVX2)
-  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
-  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
-  const __m256 abcd = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+  const __m256 pq = _mm256_add_ps(_mm256_unpacklo_ps(p, q), _mm256_unpackhi_ps(p, q));
+  const __m256 rs = _mm256_add_ps(_mm256_unpacklo_ps(r, s), _mm256_unpackhi_ps(r, s));
+  const __m256 all = _mm256_add_ps(_mm256_shuffle_ps(pq, rs, 0x44), _mm256_shuffle_ps(pq, rs, 0xee));
+  return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 #else
-  for (int i = 0; i < 4; ++i) out[i] = sum(v[i]);
+  return FourFloats{sum(a), sum(b), sum(c), sum(d)};
 #endif
 }
 

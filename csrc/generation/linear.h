@@ -13,7 +13,7 @@ namespace rlhf_fast {
 
 enum class WeightType { float32, bfloat16, float16 };
 
-// A layer's weights where they lie.
+// A layer's weights where they lie. Sizes are 1 or more.
 struct Linear {
   const void* weight;  // [out, in], or [in, out] when transposed, as GPT-2's Conv1D keeps it
   WeightType type;
@@ -23,17 +23,17 @@ struct Linear {
   const void* bias;  // [out], of the weights' type, or null
 };
 
-#define RLHF_FAST_DECLARE(isa)                                                                                       \
-  namespace isa {                                                                                                    \
-  void linear(const Linear& layer, const float* x, int64_t rows, int64_t x_stride, float* y, int64_t y_stride);      \
+#define RLHF_FAST_DECLARE(isa)                                                                                   \
+  namespace isa {                                                                                                \
+  void linear(const Linear& layer, const float* x, int64_t rows, int64_t x_stride, float* y, int64_t y_stride);  \
   }
 RLHF_FAST_FOR_EACH_ISA(RLHF_FAST_DECLARE)
 #undef RLHF_FAST_DECLARE
 
 namespace {
 
-// y[i * y_stride + n] for i < rows, n < layer.out from x[i * x_stride + k], k < layer.in. y must not overlap x. OpenMP's
-// threads share the work: call it outside of a parallel region.
+// y[i * y_stride + n], i < rows and n < out, from x[i * x_stride + k], k < in. y must not overlap x. OpenMP's threads
+// share the work: call it outside of a parallel region.
 inline void linear(const Linear& layer, const float* x, int64_t rows, int64_t x_stride, float* y, int64_t y_stride) {
   RLHF_FAST_KERNEL(isa(), linear)(layer, x, rows, x_stride, y, y_stride);
 }
