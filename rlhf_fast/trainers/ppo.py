@@ -27,7 +27,8 @@ from rlhf_fast.trainers.batching import check_ranks, count_steps, micro_batches,
 from rlhf_fast.trainers.experience import Experience, Scored, mix_seed, sample, score
 from rlhf_fast.trainers.ppo_metrics import MeanMetrics, experience_metrics, row_mean, sequence_kl, summed
 from rlhf_fast.trainers.ppo_models import PPOModels, sequence_lengths
-from rlhf_fast.trainers.run import Metrics, Run, open_run_folder
+from rlhf_fast.trainers.run import Metrics, Run
+from rlhf_fast.trainers.run_folder import open_run_folder
 
 DRIFT = ("rollout/logprob_drift_max", "rollout/logprob_drift_mean")  # of the training log-probs from the sampler's
 

@@ -21,14 +21,14 @@ from typing import Any, Literal, Protocol
 import torch
 from tqdm import tqdm
 
-from rlhf_fast.checkpoint import atomic_dir, latest_checkpoint, rng_state, save_checkpoint, set_rng_state
+from rlhf_fast.checkpoint import atomic_dir, rng_state, save_checkpoint, set_rng_state
 from rlhf_fast.config import TrainerConfig
-from rlhf_fast.config_loading import check_resume, save_config
-from rlhf_fast.distributed import World, any_rank, broadcast_object
+from rlhf_fast.distributed import World, any_rank
 from rlhf_fast.engine import Engine
-from rlhf_fast.errors import ConfigError, NonFiniteError
+from rlhf_fast.errors import NonFiniteError
 from rlhf_fast.report import summary_table, write_report
 from rlhf_fast.tracking import MetricsLogger, PhaseTimer, Progress, SampleLog, peak_memory_gb
+from rlhf_fast.trainers.run_folder import mark_finished, release_run_folder
 
 Metrics = dict[str, float]
 
@@ -108,6 +108,8 @@ class Run:
         finally:
             progress.close()
             self._close_logs()
+            if self.world.is_main:
+                release_run_folder(self.folder)
         self._finish()
 
     @property
@@ -168,6 +170,8 @@ class Run:
     def _export(self) -> None:
         with atomic_dir(self.folder / "final", self.world) as folder:
             self.export(folder)
+        if self.world.is_main:
+            mark_finished(self.folder, self.step)
 
     def _finish(self) -> None:
         if self.world.is_main:
@@ -246,43 +250,6 @@ class Run:
     def _say(self, message: str) -> None:
         if self.world.is_main:
             tqdm.write(f"{self._title()}: {message}", file=sys.stderr)
-
-
-def open_run_folder(config: TrainerConfig, world: World, *, resume: bool) -> Path | None:
-    """Make the run's folder ready and return the checkpoint to resume from, or None to start at step 1.
-
-    A run that is already there and is not resumed, for want of `resume` or of a checkpoint, is moved aside (to
-    NAME.1, NAME.2, ...): nothing that was trained is ever overwritten. With `resume`, a configuration that cannot
-    go on from the old one is refused (ConfigError), and so is a folder whose checkpoints are all damaged
-    (CheckpointError).
-    """
-    folder = Path(config.output_dir)
-    checkpoint: Path | None = None
-    if world.rank == 0:
-        if resume:
-            if (folder / "config.yaml").exists():
-                check_resume(folder / "config.yaml", config)
-            checkpoint = latest_checkpoint(folder / "checkpoints")
-            if checkpoint is None:
-                print(f"no checkpoint in {folder / 'checkpoints'}: starting at step 1", file=sys.stderr)
-        held = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "final"))
-        if held and checkpoint is None:
-            aside = _free_name(folder)
-            folder.rename(aside)
-            print(f"{folder} held a run; it is now {aside}", file=sys.stderr)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"output_dir: {folder} cannot be made: {error.strerror}; choose another") from None
-        save_config(config, folder / "config.yaml")
-    return broadcast_object(checkpoint, world)
-
-
-def _free_name(folder: Path) -> Path:
-    n = 1
-    while (aside := folder.with_name(f"{folder.name}.{n}")).exists():
-        n += 1
-    return aside
 
 
 @contextmanager

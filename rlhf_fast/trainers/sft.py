@@ -34,7 +34,8 @@ from rlhf_fast.models import (
     supports_packing,
 )
 from rlhf_fast.trainers.batching import check_ranks, count_steps, micro_batches, seed_everything
-from rlhf_fast.trainers.run import Metrics, Run, open_run_folder
+from rlhf_fast.trainers.run import Metrics, Run
+from rlhf_fast.trainers.run_folder import open_run_folder
 
 
 class SFTTrainer:
