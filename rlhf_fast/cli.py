@@ -155,6 +155,7 @@ def _train(args: argparse.Namespace) -> int:
 def _run_stage(stage: str, config: TrainerConfig, *, resume: bool, dry_run: bool) -> bool:
     """Returns False when a signal ended the run before its last step."""
     from rlhf_fast.trainers import TRAINERS
+    from rlhf_fast.trainers.run_folder import is_finished
 
     if dry_run:
         from rlhf_fast.plan import memory_plan
@@ -163,15 +164,19 @@ def _run_stage(stage: str, config: TrainerConfig, *, resume: bool, dry_run: bool
         print(plan)
         plan.check()
         return True
+    if resume and is_finished(config):
+        print(f"{stage}: the run in {config.output_dir} is finished; nothing is left to do", file=sys.stderr)
+        return True
     trainer = TRAINERS[stage](config, resume=resume)
     trainer.train()
     return trainer.run.finished
 
 
 def _pipeline(args: argparse.Namespace) -> int:
-    from rlhf_fast.trainers.pipeline import load_pipeline
+    from rlhf_fast.trainers.pipeline import load_pipeline, planned
 
-    for stage, config in load_pipeline(args.config, args.overrides, output_dir=args.output_dir):
+    stages = load_pipeline(args.config, args.overrides, output_dir=args.output_dir)
+    for stage, config in planned(stages) if args.dry_run else stages:
         if not _run_stage(stage, config, resume=args.resume, dry_run=args.dry_run):
             break  # the next stage would start from what this one has not written yet
         gc.collect()  # a trainer and its engines refer to each other; the next stage needs their memory

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,18 @@ def load_pipeline(
             moved[old] = config.output_dir
         configs.append((stage, config))
     return iter(configs)
+
+
+def planned(stages: Iterable[tuple[str, TrainerConfig]]) -> Iterator[tuple[str, TrainerConfig]]:
+    """The stages for a memory plan: what an earlier stage has yet to make is as large as the model it starts from."""
+    starts: dict[str, str] = {}
+    for stage, config in stages:
+        for name, value in vars(config).items():
+            setattr(config, name, _follow(value, starts))
+        final = Path(config.output_dir) / "final"
+        if not final.exists():
+            starts[str(final)] = config.model_name_or_path
+        yield stage, config
 
 
 def _follow(value: Any, moved: dict[str, str]) -> Any:
