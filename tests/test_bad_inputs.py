@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from rlhf_fast.checkpoint import verify_checkpoint
 from rlhf_fast.cli import main
@@ -174,6 +174,13 @@ CASES = [
     _case("not UTF-8", lambda w: w.prompts(b'{"prompt": "\xff\xfe"}\n'), 1, "prompts.jsonl:1", "UTF-8"),
     _case("prompts too long", _set(max_prompt_length=0), 2, "max_prompt_length"),
     _case("prompt too long", lambda w: w.prompts(b'{"prompt": "' + b"a" * 900 + b'"}\n'), 1, "prompts.jsonl:1", "256"),
+    _case(
+        "prompt fills the context",
+        lambda w: w.prompts(b'{"prompt": "' + b"a" * 64 + b'"}\n'),
+        1,
+        "prompts.jsonl:1",
+        "context 64",
+    ),
     # model folder
     _case("no model folder", _set(model_name_or_path="meta-llama/Llama-9"), 2, "meta-llama/Llama-9"),
     _case("no config.json", lambda w: (w.model / "config.json").unlink(), 1, "config.json"),
@@ -215,6 +222,27 @@ def test_bad_input_is_named_and_nothing_is_trained(
     run = workshop.folder / "run"
     assert not (run / "final").exists()
     assert not (run / "metrics.jsonl").exists() or not read_metrics(run)
+
+
+@pytest.mark.parametrize("command", ["sft", "reward", "ppo"])
+def test_sequences_longer_than_the_learned_positions(
+    command: str, workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = GPT2Config(vocab_size=10, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(workshop.folder / "gpt2")
+    AutoTokenizer.from_pretrained(workshop.model).save_pretrained(workshop.folder / "gpt2")
+    row = {"prompt": "ab" * 6, "completion": "abcd", "chosen": "abcd", "rejected": "a"}  # 17 tokens with the end
+    workshop.config |= {"train_data": write_jsonl(workshop.folder / "rows.jsonl", [row])}
+    if command == "ppo":  # the policy has room for 64
+        workshop.config |= {"value_model_path": str(workshop.folder / "gpt2"), "max_new_tokens": 5}
+    else:
+        workshop.config["model_name_or_path"] = str(workshop.folder / "gpt2")
+        workshop.config = {k: v for k, v in workshop.config.items() if k not in ("reward", "max_new_tokens")}
+    assert workshop.run(command=command) == 2
+    errors = capsys.readouterr().err
+    assert "has learned 16 positions, the longest sequence has 17 tokens" in errors
+    assert ("max_new_tokens" if command == "ppo" else "lower max_length") in errors
+    assert not (workshop.folder / "run").exists()
 
 
 def test_the_unspoilt_workshop_runs(workshop: Workshop) -> None:

@@ -107,8 +107,13 @@ def preference_dataset(rows: Rows, chat: ChatFormat, *, max_length: int) -> Exam
     return _examples(rows, example)
 
 
-def prompt_dataset(rows: Rows, chat: ChatFormat, *, max_prompt_length: int) -> Examples[PromptExample]:
-    """Rows of kind "prompt" as prompts for rollouts. One of no token, or more than max_prompt_length, is a bad row."""
+def prompt_dataset(
+    rows: Rows, chat: ChatFormat, *, max_prompt_length: int, context: int | None = None
+) -> Examples[PromptExample]:
+    """Rows of kind "prompt" as prompts for rollouts.
+
+    One of no token, of more than max_prompt_length, or that fills the model's `context` is a bad row.
+    """
     names = sorted({name for row in rows for name in row} - {"prompt"})
 
     def example(row: dict[str, Any]) -> PromptExample:
@@ -117,6 +122,12 @@ def prompt_dataset(rows: Rows, chat: ChatFormat, *, max_prompt_length: int) -> E
             raise RowError("prompt", "empty, and the tokenizer has no BOS token to begin from")
         if len(ids) > max_prompt_length:
             raise RowError("prompt", _too_long("it has", len(ids), "max_prompt_length", max_prompt_length))
+        if context is not None and len(ids) >= context:
+            raise RowError(
+                "prompt",
+                f"too long: it has {len(ids)} tokens, the model's context {context}, which leaves no room for a "
+                "completion; shorten it",
+            )
         return PromptExample(ids, row["prompt"], {name: row.get(name) for name in names})
 
     return _examples(rows, example)

@@ -6,15 +6,27 @@ head.py      how a model turns hidden states into logits, and that product in fp
 modules.py   PolicyModel, ScalarModel, SharedModel
 """
 
-from .loading import check_vocabulary, load_causal_lm, load_scalar_model, load_tokenizer, save_model
+from .loading import (
+    check_positions,
+    check_vocabulary,
+    context_length,
+    load_causal_lm,
+    load_model_config,
+    load_scalar_model,
+    load_tokenizer,
+    save_model,
+)
 from .modules import PolicyModel, ScalarModel, SharedModel, set_gradient_checkpointing, supports_packing
 
 __all__ = [
     "PolicyModel",
     "ScalarModel",
     "SharedModel",
+    "check_positions",
     "check_vocabulary",
+    "context_length",
     "load_causal_lm",
+    "load_model_config",
     "load_scalar_model",
     "load_tokenizer",
     "save_model",

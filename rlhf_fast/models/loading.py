@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from rlhf_fast.errors import ModelError
+from rlhf_fast.errors import ConfigError, ModelError
 
 from .folder import check_tokenizer_files, check_weights, existing_folder, read_config, some
+from .head import name_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -113,6 +114,33 @@ def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> No
         )
 
 
+def context_length(path: str | Path, *, trust_remote_code: bool = False) -> int | None:
+    """The tokens that a model folder's config gives as its longest sequence; None where it names none.
+
+    Raises ModelError for a config that cannot be read.
+    """
+    config = load_model_config(path, trust_remote_code=trust_remote_code)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_positions(model: nn.Module, longest: int, advice: str) -> None:
+    """A model that has learned an embedding for each position (GPT-2, OPT) has enough of them. Raises ConfigError.
+
+    longest: tokens of the longest sequence it will see; advice: what the user may do. Positions that are computed, as
+    rotary ones are, have no end.
+    """
+    inner: Any = unwrap(model)
+    learned = any(
+        isinstance(module, nn.Embedding) and ("pos" in name or "wpe" in name) for name, module in inner.named_modules()
+    )
+    limit = inner.config.get_text_config().max_position_embeddings if learned else longest
+    if longest > limit:
+        raise ConfigError(
+            f"{name_of(inner)}: {type(inner).__name__} has learned {limit} positions, the longest sequence has "
+            f"{longest} tokens: {advice}"
+        )
+
+
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> None:
     """Writes weights (safetensors, in their dtype), config and tokenizer with its chat template.
 
@@ -146,6 +174,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _load_config(path: str | Path, trust_remote_code: bool) -> tuple[Path, PreTrainedConfig]:
+    """The folder's config, once the weights' files are known to be there and whole."""
+    folder = existing_folder(path)
+    config = load_model_config(folder, trust_remote_code=trust_remote_code)
+    check_weights(folder)
+    return folder, config
+
+
+def load_model_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The transformers config of a model folder, all dropout 0; its weights are not looked at. Raises ModelError."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     folder = existing_folder(path)
@@ -163,14 +200,13 @@ def _load_config(path: str | Path, trust_remote_code: bool) -> tuple[Path, PreTr
             f"{folder / 'config.json'}: model_type is {model_type!r}, which transformers {transformers.__version__} "
             "does not know. A newer transformers may."
         )
-    check_weights(folder)
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # a wrong value can raise anything
         raise ModelError(f"{folder / 'config.json'}: cannot be used: {_first_line(error)}") from error
     _switch_off_noise(config)
-    return folder, config
+    return config
 
 
 def _from_pretrained(

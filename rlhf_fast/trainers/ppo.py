@@ -21,7 +21,7 @@ from rlhf_fast.config_loading import check_config, check_paths
 from rlhf_fast.data import ChatFormat, EpochOrder, Examples, PromptExample, load_rows, prompt_dataset
 from rlhf_fast.distributed import all_reduce_sum, init_distributed
 from rlhf_fast.generation import Generator, Rollout
-from rlhf_fast.models import load_tokenizer, save_model
+from rlhf_fast.models import context_length, load_tokenizer, save_model
 from rlhf_fast.rewards import load_reward
 from rlhf_fast.trainers.batching import check_ranks, count_steps, micro_batches, seed_everything
 from rlhf_fast.trainers.experience import Experience, Scored, mix_seed, sample, score
@@ -52,12 +52,16 @@ class PPOTrainer:
         seed_everything(config.seed)
         self.tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
         self.chat = ChatFormat(self.tokenizer, system_prompt=config.system_prompt, chat_template=config.chat_template)
-        self.train_prompts = self._load(config.train_data)
-        self.eval_prompts = self._load(config.eval_data or [])
+        context = context_length(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+        self.train_prompts = self._load(config.train_data, context)
+        self.eval_prompts = self._load(config.eval_data or [], context)
         self.reward = load_reward(reward or config.reward, timeout=config.reward_timeout, device=str(self.world.device))
         prompts_per_step = config.batch_size // config.num_generations
         self.total_steps = count_steps(config, len(self.train_prompts), prompts_per_step)
         self.models = PPOModels(config, self.tokenizer, self.world)
+        longest = max(len(prompt.prompt_ids) for prompt in [*self.train_prompts, *self.eval_prompts])
+        longest += config.max_new_tokens
+        self.models.check_positions(longest if context is None else min(longest, context))
 
         checkpoint = open_run_folder(config, self.world, resume=resume)
         engines = self.models.make_engines(self.total_steps * config.num_ppo_epochs * config.num_mini_batches)
@@ -308,11 +312,11 @@ class PPOTrainer:
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 
-    def _load(self, path: str | list[str]) -> Examples[PromptExample]:
+    def _load(self, path: str | list[str], context: int | None) -> Examples[PromptExample]:
         if not path:
             return Examples([], [])
         rows = load_rows(path, kind="prompt", on_bad_row=self.config.on_bad_row)
-        return prompt_dataset(rows, self.chat, max_prompt_length=self.config.max_prompt_length)
+        return prompt_dataset(rows, self.chat, max_prompt_length=self.config.max_prompt_length, context=context)
 
     def _mini_batches(self, rows: int, step: int, epoch: int) -> Iterator[list[int]]:
         """A new permutation of the rows each epoch, the same one after a resume."""

@@ -18,6 +18,7 @@ from rlhf_fast.models import (
     PolicyModel,
     ScalarModel,
     SharedModel,
+    check_positions,
     check_vocabulary,
     load_causal_lm,
     load_scalar_model,
@@ -61,6 +62,12 @@ class PPOModels:
         check_vocabulary(model, tokenizer)  # it reads the policy's tokens
         set_gradient_checkpointing(model, config.gradient_checkpointing)
         return ScalarModel(model)
+
+    def check_positions(self, longest: int) -> None:
+        """Critic and reference can read the policy's longest sequence. Raises ConfigError."""
+        for model in (self.critic_module, self.reference):
+            if model is not None:
+                check_positions(model, longest, "shorten prompts or lower max_new_tokens")
 
     def make_engines(self, total_steps: int) -> dict[str, Engine]:
         """Hand the trained models to DeepSpeed; total_steps: optimiser steps of the whole run."""

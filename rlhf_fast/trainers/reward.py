@@ -16,6 +16,7 @@ from rlhf_fast.distributed import all_reduce_sum, init_distributed
 from rlhf_fast.engine import Engine
 from rlhf_fast.models import (
     ScalarModel,
+    check_positions,
     check_vocabulary,
     load_scalar_model,
     load_tokenizer,
@@ -52,6 +53,9 @@ class RewardTrainer:
             config.model_name_or_path, dtype=config.dtype, trust_remote_code=config.trust_remote_code
         )
         check_vocabulary(self.model, self.tokenizer)
+        pairs = [*self.train_pairs, *self.eval_pairs]
+        longest = max(len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids))
+        check_positions(self.model, longest, "lower max_length")
         set_gradient_checkpointing(self.model, config.gradient_checkpointing)
 
         checkpoint = open_run_folder(config, self.world, resume=resume)

@@ -26,6 +26,7 @@ from rlhf_fast.engine import Engine
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.models import (
     PolicyModel,
+    check_positions,
     check_vocabulary,
     load_causal_lm,
     load_tokenizer,
@@ -60,6 +61,8 @@ class SFTTrainer:
             config.model_name_or_path, dtype=config.dtype, trust_remote_code=config.trust_remote_code
         )
         check_vocabulary(self.model, self.tokenizer)
+        longest = max(len(example.input_ids) for example in [*train, *held_out])
+        check_positions(self.model, longest, "lower max_length")
         if config.packing and not supports_packing(self.model):
             raise ConfigError(
                 f"packing: {type(self.model).__name__} lets packed examples see each other; set packing=false"

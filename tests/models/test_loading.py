@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_fast.errors import ModelError
+from rlhf_fast.errors import ConfigError, ModelError
 from rlhf_fast.models import (
     PolicyModel,
     ScalarModel,
     SharedModel,
+    check_positions,
     check_vocabulary,
     load_causal_lm,
     load_scalar_model,
@@ -327,3 +328,22 @@ def test_a_reward_model_is_no_policy(folder: Path, tmp_path: Path) -> None:
     save_model(load_scalar_model(folder, dtype="float32"), None, tmp_path / "reward")
     with pytest.raises(ModelError, match=r"missing from the files: lm_head.weight"):
         load_causal_lm(tmp_path / "reward", dtype="float32")
+
+
+# ---- positions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_end_where_they_are_learned(family: str) -> None:
+    model = tiny_model(family)
+    end = model.config.max_position_embeddings
+    check_positions(model, end, "")
+    model(torch.ones(1, end, dtype=torch.int64))
+    if family in ("gpt2", "opt"):
+        with pytest.raises(ConfigError, match=f"has learned {end} positions, .* {end + 1} tokens: lower max_length"):
+            check_positions(PolicyModel(model), end + 1, "lower max_length")
+        with pytest.raises(IndexError):
+            model(torch.ones(1, end + 1, dtype=torch.int64))
+    else:
+        check_positions(model, end + 1, "")
+        model(torch.ones(1, end + 1, dtype=torch.int64))
