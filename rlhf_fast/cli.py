@@ -184,6 +184,8 @@ def _pipeline(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    import torch
+
     from rlhf_fast.config_loading import parse_overrides
     from rlhf_fast.data import ChatFormat, load_rows
     from rlhf_fast.generation import Generator, SamplingParams
@@ -201,10 +203,12 @@ def _generate(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.model)
     chat = ChatFormat(tokenizer)
     params = replace(params, stop_token_ids=[*chat.stop_token_ids, *(params.stop_token_ids or [])])
-    model = load_causal_lm(args.model, dtype="float32")
+    model = load_causal_lm(args.model, dtype="float32").to("cuda" if torch.cuda.is_available() else "cpu")
     check_vocabulary(model, tokenizer)
-    generator = Generator(model, tokenizer)
-    completions = generator.generate([chat.encode_prompt(prompt) for prompt in prompts], params)
+    try:
+        completions = Generator(model, tokenizer).generate([chat.encode_prompt(prompt) for prompt in prompts], params)
+    except ValueError as error:  # a prompt that is empty or too long
+        raise ConfigError(str(error)) from None
     for i, completion in enumerate(completions):
         row = {
             "prompt": prompts[i // params.n],
@@ -238,10 +242,13 @@ def _chat(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from rlhf_fast.config import PPOConfig
     from rlhf_fast.config_loading import load_config
+    from rlhf_fast.distributed import init_distributed
     from rlhf_fast.trainers.evaluation import evaluate_policy
 
     config = load_config(PPOConfig, args.config, args.overrides)
-    print(json.dumps(evaluate_policy(config, args.model or str(Path(config.output_dir) / "final")), indent=1))
+    metrics = evaluate_policy(config, args.model or str(Path(config.output_dir) / "final"))
+    if init_distributed().is_main:
+        print(json.dumps(metrics, indent=1))
     return 0
 
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
 from rlhf_fast.config import PPOConfig, RewardConfig, TrainerConfig
 from rlhf_fast.errors import ConfigError, ModelError
+from rlhf_fast.models import load_model_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 OVERHEAD = 0.6e9  # Python, torch, transformers and DeepSpeed with nothing loaded (measured)
@@ -85,20 +89,26 @@ def memory_plan(config: TrainerConfig, *, world_size: int | None = None) -> Plan
     import os
 
     ranks = world_size or int(os.environ.get("WORLD_SIZE", "1"))
-    shape = _shape(config.model_name_or_path)
+    code = config.trust_remote_code
+    shape = _shape(config.model_name_or_path, code)
     lines = [Line("program", other=OVERHEAD)]
     rows = max(1, config.batch_size // ranks)
     micro = config.micro_batch_tokens
     if isinstance(config, PPOConfig):
         lines.append(_trained("policy", shape, config, ranks))
         if config.value_model == "separate":
-            critic = _shape(config.value_model_path or config.model_name_or_path)
+            critic = _shape(config.value_model_path or config.model_name_or_path, code)
             lines.append(_trained("value model", critic, config, ranks))
         if config.kl_coef:
-            reference = _shape(config.ref_model_path or config.model_name_or_path)
+            reference = _shape(config.ref_model_path or config.model_name_or_path, code)
             lines.append(Line("reference", weights=reference.parameters * BYTES[config.dtype]))
         for name in _reward_folders(config.reward):
-            lines.append(Line(f"reward {Path(name).name}", weights=4 * _shape(name).parameters))
+            lines.append(
+                Line(
+                    f"reward {Path(name).name}",
+                    weights=4 * _parameters(_without_weights(name, "SequenceClassification", code)),
+                )
+            )
         decoded = min(rows, config.rollout_batch_size)
         length = config.max_prompt_length + config.max_new_tokens
         cache = 2 * shape.layers * shape.kv_width * decoded * length * BYTES[config.dtype]
@@ -150,19 +160,30 @@ def _activations(shape: Shape, config: TrainerConfig, tokens: int, *, head_token
     return body + 2 * 4.0 * head_tokens * shape.vocabulary
 
 
-def _shape(path: str) -> Shape:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _without_weights(path: str, kind: str, trust_remote_code: bool) -> PreTrainedModel:
+    """The folder's model as transformers' AutoModelFor... makes it, on the meta device."""
+    import transformers
 
-    if not (Path(path) / "config.json").exists():
-        raise ModelError(f"{path} holds no config.json: it is no model folder that the plan can read")
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    text: Any = config.get_text_config()
+    config = load_model_config(path, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            auto = getattr(transformers, f"AutoModelFor{kind}")
+            return auto.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError:
+        raise ModelError(f"{path}: model_type {config.model_type!r} has no {kind} form in transformers") from None
+
+
+def _parameters(model: PreTrainedModel) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _shape(path: str, trust_remote_code: bool) -> Shape:
+    model = _without_weights(path, "CausalLM", trust_remote_code)
+    text: Any = model.config.get_text_config()
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Shape(
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=_parameters(model),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from rlhf_fast.cli import main
 from rlhf_fast.trainers import SFTTrainer
@@ -80,6 +82,25 @@ def test_pipeline_hands_each_stage_the_one_before(recipe: Path, runs: Path) -> N
         assert (runs / stage / "report.html").stat().st_size > 1000
 
 
+def test_a_resumed_pipeline_leaves_finished_stages_alone(
+    recipe: Path, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {file: file.stat().st_mtime_ns for file in runs.rglob("*")}
+    arguments = ["pipeline", "--config", f"{recipe}/pipeline.yaml", "--output_dir", str(runs), "ppo.max_steps=3"]
+    assert main([*arguments, "--resume"]) == 0
+    assert capsys.readouterr().err.count("is finished; nothing is left to do") == 3
+    assert {file: file.stat().st_mtime_ns for file in runs.rglob("*")} == before
+
+
+def test_a_pipeline_is_planned_before_its_models_are_there(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ["--config", f"{recipe}/pipeline.yaml", "--output_dir", f"{recipe}/planned"]
+    assert main(["pipeline", *config, "--dry_run"]) == 0
+    plans = capsys.readouterr().out
+    assert plans.count("all, on one rank") == 3
+    assert "reward base" in plans  # in place of the reward model's final/
+    assert not (recipe / "planned").exists()
+
+
 def test_generate_prints_one_object_a_completion(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["generate", "--model", f"{runs}/ppo/final", "--prompt", "x", "--prompt", "y", "n=2", "max_tokens=5"]
     assert main([*arguments, "seed=1"]) == 0
@@ -95,13 +116,36 @@ def test_generate_refuses_unknown_sampling_options(runs: Path, capsys: pytest.Ca
     assert "temperature" in capsys.readouterr().err
 
 
+def test_generate_says_what_is_wrong_with_a_prompt(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--model", f"{runs}/ppo/final", "--prompt", "x", "--prompt", "ab" * 32]) == 2
+    assert capsys.readouterr().err == (
+        "rlhf-fast generate: prompt 1 has 64 tokens; the model's context holds 64, which leaves no room for a "
+        "completion. Shorten the prompt\n"
+    )
+
+
 def test_eval_scores_a_policy(recipe: Path, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = [f"reward={recipe}/rewards.py:count_a", f"value_model_path={runs}/reward/final"]
-    arguments = ["eval", "--config", f"{recipe}/ppo.yaml", "--model", f"{runs}/ppo/final", *overrides]
-    assert main(arguments) == 0
+    arguments = ["eval", "--config", f"{recipe}/ppo.yaml", f"reward={recipe}/rewards.py:count_a"]
+    assert main([*arguments, "--model", f"{runs}/ppo/final"]) == 0
     metrics = json.loads(capsys.readouterr().out)
     assert 0 <= metrics["scores"] <= 4
     assert set(metrics) >= {"scores_stderr", "mean_length", "distinct_2", "eos_rate"}
+    assert main([*arguments, "--model", f"{runs}/ppo/last"]) == 2
+    assert "no folder last" in capsys.readouterr().err
+    assert main([*arguments, "--model", f"{runs}/ppo/final", "eval_data=nowhere.jsonl"]) == 2
+    assert "eval_data: no file or folder nowhere.jsonl" in capsys.readouterr().err
+
+
+def test_eval_refuses_a_tokenizer_of_another_model(
+    recipe: Path, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(runs / "ppo" / "final", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["z"])
+    tokenizer.save_pretrained(folder)
+    overrides = [f"reward={recipe}/rewards.py:count_a"]
+    assert main(["eval", "--config", f"{recipe}/ppo.yaml", "--model", str(folder), *overrides]) == 1
+    assert "token ids up to 10" in capsys.readouterr().err
 
 
 def test_pipeline_override_needs_its_stage(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
