@@ -90,9 +90,12 @@ def cross_entropy_rows_(
 
 
 def _operator(implementation: Implementation, name: str) -> Callable[..., Tensor]:
-    assert implementation == "cpp"
-    load_compiled_ops()
-    return getattr(torch.ops.rlhf_fast, f"_{name}")
+    if implementation == "cpp":
+        load_compiled_ops()
+        return getattr(torch.ops.rlhf_fast, f"_{name}")
+    from rlhf_fast.kernels import logits_ppo_loss as kernel  # not at the top: a machine may have no Triton
+
+    return getattr(kernel, name)
 
 
 def ppo_summary(found: Tensor, mask: Tensor, num_tokens: Tensor, dtype: torch.dtype, real: torch.dtype) -> PPOLoss:

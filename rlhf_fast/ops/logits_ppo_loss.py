@@ -18,7 +18,7 @@ from rlhf_fast.ops.gather_logprobs import gather_logprobs
 from rlhf_fast.ops.ppo_loss import ppo_loss
 from rlhf_fast.ops.reference._common import IGNORED, compute_dtype, token_count
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("cpp", "reference")
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("triton", "cpp", "reference")
 
 
 def logits_ppo_loss(
@@ -89,6 +89,8 @@ def logits_ppo_loss(
     if backend == "auto" and logits.is_cuda and dtype == torch.float64:
         backend = "reference"  # the Triton kernel computes in float32
     implementation = choose_backend("logits_ppo_loss", backend, IMPLEMENTATIONS, mask.device)
+    if implementation == "triton" and dtype == torch.float64:
+        raise TypeError("logits_ppo_loss: backend 'triton' computes in float32; got float64 arguments")
     arguments = (logits, ids, old_logprobs, advantages, mask)
     if implementation == "reference":
         return reference.logits_ppo_loss(*arguments, temperature=temperature, **policy)

@@ -104,7 +104,6 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
     ("logits_ppo_loss", {"ids": ids[0]}, "ids must have shape [2, 3], like mask; got [3]"),
     ("logits_ppo_loss", {"ids": ids + V}, "ids must be from 0 to 4, unless masked out; got 5 at [0, 0] (6 such ids)"),
     ("logits_ppo_loss", {"temperature": 0.0}, "temperature must be above 0; got 0.0"),
-    ("logits_ppo_loss", {"backend": "triton"}, "logits_ppo_loss has no 'triton' backend yet"),
     ("linear_ppo_loss", {"hidden": hidden[0]}, "hidden must have shape [2, 3, 4], mask's and weight's H; got [3, 4]"),
     ("linear_ppo_loss", {"ids": ids - 1}, "ids must be from 0 to 4, unless masked out; got -1 at [0, 0]"),
     ("linear_ppo_loss", {"bias": per_row}, "bias must have shape [5], V as in weight; got [2]"),
