@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_fast.config import RewardConfig
 from rlhf_fast.config_loading import check_config, check_paths
 from rlhf_fast.data import ChatFormat, EpochOrder, Examples, PreferenceExample, load_rows, pad_right, preference_dataset
-from rlhf_fast.distributed import all_reduce_sum, init_distributed
+from rlhf_fast.distributed import World, all_reduce_max, all_reduce_sum, init_distributed
 from rlhf_fast.engine import Engine
 from rlhf_fast.models import (
     ScalarModel,
@@ -28,6 +28,26 @@ from rlhf_fast.trainers.run import Metrics, Run
 from rlhf_fast.trainers.run_folder import open_run_folder
 
 SUMS = ("loss", "accuracy", "margin", "mean_reward")
+
+
+class Totals:
+    """SUMS, and the smallest and the largest reward, over the micro-batches of all ranks."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)
+        self.most = torch.full((2,), -torch.inf, dtype=torch.float64, device=world.device)  # of -reward, of reward
+
+    def add(self, sums: Tensor, rewards: Tensor) -> None:
+        """Take in one micro-batch: sums of SUMS, and the reward of each sequence."""
+        self.sums += sums
+        self.most = torch.maximum(self.most, torch.stack([(-rewards).max(), rewards.max()]).double())
+
+    def metrics(self, num_pairs: int) -> Metrics:
+        """Means over the pairs by name, min_reward and max_reward."""
+        means = all_reduce_sum(self.sums, self.world) / num_pairs
+        least, most = all_reduce_max(self.most, self.world).tolist()
+        return {**dict(zip(SUMS, means.tolist(), strict=True)), "min_reward": -least, "max_reward": most}
 
 
 class RewardTrainer:
@@ -107,18 +127,18 @@ class RewardTrainer:
         """Add the gradients of one step's pairs; returns means over the pairs of all ranks."""
         num_pairs = int(all_reduce_sum(len(pairs), self.world))
         batches = self._micro_batches(pairs)
-        totals = torch.zeros(len(SUMS), dtype=torch.float64, device=self.world.device)
+        totals = Totals(self.world)
         for i, batch in enumerate(batches):
-            sums = self.loss_sums([pairs[j] for j in batch or [0]])  # an empty one has no weight: see micro_batches
-            if not batch:
-                sums = 0.0 * sums
-            self.scorer.backward(sums[0] / num_pairs, last=i == len(batches) - 1)
-            totals += sums.detach()
-        means = all_reduce_sum(totals, self.world) / num_pairs
-        return dict(zip(SUMS, means.tolist(), strict=True))
+            # An empty one runs row 0 with no weight: see micro_batches.
+            sums, rewards = self.loss_sums([pairs[j] for j in batch or [0]])
+            self.scorer.backward(sums[0] / num_pairs if batch else 0.0 * sums[0], last=i == len(batches) - 1)
+            if batch:
+                totals.add(sums.detach(), rewards)
+        return totals.metrics(num_pairs)
 
-    def loss_sums(self, pairs: Sequence[PreferenceExample]) -> Tensor:
-        """Sums over pairs of SUMS: loss (with gradient), correctly ordered pairs, score difference, mean score."""
+    def loss_sums(self, pairs: Sequence[PreferenceExample]) -> tuple[Tensor, Tensor]:
+        """Sums over pairs of SUMS: loss (with gradient), correctly ordered pairs, score difference, mean score; and
+        the scores, detached, of all sequences."""
         device = self.world.device
         sequences = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
         input_ids = pad_right(sequences, self.tokenizer.pad_token_id, device)
@@ -130,7 +150,8 @@ class RewardTrainer:
         if self.config.center_rewards_coefficient:
             loss = loss + self.config.center_rewards_coefficient * (chosen + rejected).square()
         difference = chosen - rejected
-        return torch.stack([loss.sum(), (difference > 0).sum(), difference.sum(), (chosen + rejected).sum() / 2])
+        sums = torch.stack([loss.sum(), (difference > 0).sum(), difference.sum(), (chosen + rejected).sum() / 2])
+        return sums, torch.cat([chosen, rejected]).detach()
 
     @torch.no_grad()
     def evaluate(self, step: int) -> Metrics:
@@ -138,12 +159,12 @@ class RewardTrainer:
         if not self.eval_pairs:
             return {}
         pairs = self.eval_pairs[self.world.rank :: self.world.world_size]
-        totals = torch.zeros(len(SUMS), dtype=torch.float64, device=self.world.device)
+        totals = Totals(self.world)
         for batch in self._micro_batches(pairs):
-            sums = self.loss_sums([pairs[j] for j in batch] or self.eval_pairs[:1])
-            totals += sums if batch else 0.0
-        means = all_reduce_sum(totals, self.world) / len(self.eval_pairs)
-        metrics = {f"eval/{name}": value for name, value in zip(SUMS, means.tolist(), strict=True)}
+            found = self.loss_sums([pairs[j] for j in batch] or self.eval_pairs[:1])
+            if batch:
+                totals.add(*found)
+        metrics = {f"eval/{name}": value for name, value in totals.metrics(len(self.eval_pairs)).items()}
         accuracy = metrics["eval/accuracy"]
         metrics["eval/accuracy_stderr"] = (accuracy * (1 - accuracy) / len(self.eval_pairs)) ** 0.5  # binomial
         return metrics

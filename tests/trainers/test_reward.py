@@ -71,3 +71,6 @@ def test_loss_is_bradley_terry_with_margin(letters_model: Path, tmp_path: Path) 
     margin = torch.tensor([row["margin"] for row in rows])
     loss = (torch.log1p(torch.exp(-(chosen - rejected - margin))) + 0.1 * (chosen + rejected) ** 2).mean()
     assert row["loss"] == pytest.approx(float(loss), rel=1e-5)
+    every = torch.cat([chosen, rejected])
+    for name, value in (("min", every.min()), ("mean", every.mean()), ("max", every.max())):
+        assert row[f"{name}_reward"] == pytest.approx(float(value), rel=1e-4, abs=1e-6)
