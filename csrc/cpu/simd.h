@@ -37,6 +37,8 @@ inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c
 inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline float sum(Floats a) { return _mm512_reduce_add_ps(a); }
 inline float largest(Floats a) { return _mm512_reduce_max_ps(a); }
+// A bit for each lane: whether a >= b.
+inline uint32_t at_least(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 // a * 2^(the low 9 bits of b's representation - 127); b's low bits 0 give 0.
 inline Floats scale_by_bits(Floats a, Floats b) {
   return mul(a, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(b), 23)));
@@ -79,6 +81,7 @@ inline float sum(Floats a) {
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
+inline uint32_t at_least(Floats a, Floats b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
 inline float largest(Floats a) {
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
@@ -124,6 +127,11 @@ inline Floats mul(Floats a, Floats b) { return a * b; }
 inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
 inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 inline float sum(Floats a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+inline uint32_t at_least(Floats a, Floats b) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kWidth; ++i) bits |= uint32_t(a[i] >= b[i]) << i;
+  return bits;
+}
 inline float largest(Floats a) {
   const float x = a[0] > a[2] ? a[0] : a[2], y = a[1] > a[3] ? a[1] : a[3];
   return x > y ? x : y;

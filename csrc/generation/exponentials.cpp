@@ -78,8 +78,18 @@ void exponentials(const float* x, int64_t n, float largest, double temperature, 
   });
 }
 
-void divide(const float* x, int64_t n, float divisor, float* out) {
-  for (int64_t j = 0; j < n; ++j) out[j] = x[j] / divisor;
+int64_t select(const float* x, int64_t n, float floor, int32_t* places) {
+  const Floats low = splat(floor);
+  int64_t count = 0, j = 0;
+  for (; j + kWidth <= n; j += kWidth) {
+    for (uint32_t bits = at_least(load(x + j), low); bits != 0; bits &= bits - 1) {
+      places[count++] = int32_t(j + __builtin_ctz(bits));
+    }
+  }
+  for (; j < n; ++j) {
+    if (x[j] >= floor) places[count++] = int32_t(j);
+  }
+  return count;
 }
 
 }  // namespace rlhf_fast::RLHF_FAST_ISA

@@ -18,7 +18,8 @@ constexpr int64_t kExponentialsBlock = 256;
   void block_sums(const float* x, int64_t n, float largest, double temperature, float* sums);                        \
   /* out[j] = e^((x[j] - largest) / temperature), the terms of those sums; out may be x */                           \
   void exponentials(const float* x, int64_t n, float largest, double temperature, float* out);                       \
-  void divide(const float* x, int64_t n, float divisor, float* out);                                                 \
+  /* places = those j in order for which x[j] >= floor; returns how many */                                          \
+  int64_t select(const float* x, int64_t n, float floor, int32_t* places);                                           \
   }
 RLHF_FAST_FOR_EACH_ISA(RLHF_FAST_DECLARE)
 #undef RLHF_FAST_DECLARE

@@ -64,12 +64,12 @@ class Softmax {
   // Calls use(token, logit) in vocabulary order for each logit from `floor` on.
   template <typename Use>
   void for_each_from(float floor, Use use) const {
+    int32_t places[kExponentialsBlock];
     for (size_t block = 0; block < maxima_.size(); ++block) {
       if (maxima_[block] < floor) continue;
-      const int64_t begin = int64_t(block) * kExponentialsBlock, end = std::min(n_, begin + kExponentialsBlock);
-      for (int64_t j = begin; j < end; ++j) {
-        if (x_[j] >= floor) use(int32_t(j), x_[j]);
-      }
+      const int64_t begin = int64_t(block) * kExponentialsBlock, n = std::min(n_ - begin, kExponentialsBlock);
+      const int64_t count = RLHF_FAST_KERNEL(isa(), select)(x_ + begin, n, floor, places);
+      for (int64_t i = 0; i < count; ++i) use(int32_t(begin + places[i]), x_[begin + places[i]]);
     }
   }
 
@@ -97,9 +97,10 @@ class Softmax {
   std::vector<float> maxima_, sums_;  // [blocks]
 };
 
+// A token that the filters may leave.
 struct Candidate {
   int32_t token;
-  float logit;
+  float logit;   // divided by the temperature
   float weight;  // e^(logit - largest)
 };
 
@@ -114,11 +115,30 @@ double total_weight(std::vector<Candidate>::const_iterator begin, std::vector<Ca
   return total;
 }
 
-// The last candidate, likeliest first, that has less than `weight` before it. Halves the range that it lies in, so that
-// only as much is ordered as must be. Reorders the candidates.
-Candidate last_within(std::vector<Candidate>& candidates, double weight) {
-  auto begin = candidates.begin(), end = candidates.end();
-  double before = 0;
+// The last candidate, likeliest first, that has less than `weight` before it. Weights are summed in buckets by logit;
+// only the bucket that it lies in is ordered, and of that, by halves, only as much as must be.
+Candidate last_within(const std::vector<Candidate>& candidates, float largest, double weight,
+                      std::vector<Candidate>& scratch) {
+  constexpr int kBuckets = 1536, kPerUnit = 16;  // weights end at e^-88
+  const auto bucket = [&](const Candidate& candidate) {
+    return int(std::min((largest - candidate.logit) * kPerUnit, kBuckets - 1.0f));
+  };
+  double weights[kBuckets] = {};
+  for (const Candidate& candidate : candidates) weights[bucket(candidate)] += candidate.weight;
+  int border = 0;
+  double before = 0, through = 0;
+  for (int i = 0; i < kBuckets && through < weight; ++i) {
+    if (weights[i] == 0) continue;
+    border = i;
+    before = through;
+    through += weights[i];
+  }
+
+  scratch.clear();
+  for (const Candidate& candidate : candidates) {
+    if (bucket(candidate) == border) scratch.push_back(candidate);
+  }
+  auto begin = scratch.begin(), end = scratch.end();
   while (end - begin > 1) {
     const auto middle = begin + (end - begin) / 2;
     std::nth_element(begin, middle, end, likelier);
@@ -137,61 +157,60 @@ Candidate last_within(std::vector<Candidate>& candidates, double weight) {
 struct Scratch {
   Softmax full, allowed;
   std::vector<float> row, values;
-  std::vector<Candidate> candidates, ordered;
+  std::vector<Candidate> candidates, others;
 };
 
-// What min_p, top_k and top_p leave of a row at temperature 1, in vocabulary order.
-void filter(const Softmax& row, int64_t vocabulary, const SamplingOptions& options, Scratch& scratch) {
+// The candidates that min_p, top_k and top_p leave, in vocabulary order. `largest` of the row is divided by the
+// temperature.
+void filter(const Softmax& row, float largest, int64_t vocabulary, const SamplingOptions& options, Scratch& scratch) {
+  const auto temperature = float(options.temperature);
   float floor = -std::numeric_limits<float>::infinity();
-  if (options.min_p > 0) floor = row.largest() + float(std::log(options.min_p));
+  if (options.min_p > 0) floor = largest + float(std::log(options.min_p));
   if (0 < options.top_k && options.top_k < vocabulary) {
-    floor = std::max(floor, row.kth_largest(options.top_k, scratch.values));
+    floor = std::max(floor, row.kth_largest(options.top_k, scratch.values) / temperature);
   }
   const bool top_p_alone = std::isinf(floor);
   if (top_p_alone) {
     // All tokens below this one have less than 1 - top_p together; the margin is more than rounding takes.
-    floor = row.largest() + float(std::log((1 - options.top_p) * row.total() / double(vocabulary)) - 1e-3);
+    floor = largest + float(std::log((1 - options.top_p) * row.total() / double(vocabulary)) - 1e-3);
   }
 
   auto& candidates = scratch.candidates;
   candidates.clear();
   scratch.values.clear();
-  row.for_each_from(floor, [&](int32_t token, float logit) {
+  const float about = floor * temperature;
+  row.for_each_from(about - 1e-6f * std::abs(about), [&](int32_t token, float undivided) {
+    const float logit = undivided / temperature;
+    if (logit < floor) return;
     candidates.push_back({token, logit, 0});
     scratch.values.push_back(logit);
   });
   auto* const weights = scratch.values.data();
-  RLHF_FAST_KERNEL(isa(), exponentials)(weights, int64_t(candidates.size()), row.largest(), 1.0, weights);
+  RLHF_FAST_KERNEL(isa(), exponentials)(weights, int64_t(candidates.size()), largest, 1.0, weights);
   for (size_t i = 0; i < candidates.size(); ++i) candidates[i].weight = weights[i];
 
   if (options.top_p < 1) {
     const double total = top_p_alone ? row.total() : total_weight(candidates.begin(), candidates.end());
-    scratch.ordered = candidates;
-    const Candidate last = last_within(scratch.ordered, options.top_p * total);
+    const Candidate last = last_within(candidates, largest, options.top_p * total, scratch.others);
     std::erase_if(candidates, [&](const Candidate& candidate) { return likelier(last, candidate); });
   }
 }
 
-// The row after min_tokens, penalty and temperature; the logits themselves where none of them acts.
-const float* processed(const float* logits, int64_t vocabulary, const SamplingOptions& options, bool masked,
-                       const uint64_t* seen, double temperature, std::vector<float>& row) {
-  const bool penalised = options.repetition_penalty != 1;
-  if (!masked && !penalised && temperature == 1) return logits;
+// The row after min_tokens and penalty.
+void process(const float* logits, int64_t vocabulary, const SamplingOptions& options, bool masked,
+             const uint64_t* seen, std::vector<float>& row) {
   row.assign(logits, logits + vocabulary);
   if (masked) {
     for (int64_t i = 0; i < options.stop_count; ++i) row[options.stop_ids[i]] = -std::numeric_limits<float>::infinity();
   }
-  if (penalised) {
-    const auto penalty = float(options.repetition_penalty);
-    for (int64_t word = 0; word * 64 < vocabulary; ++word) {
-      for (uint64_t bits = seen[word]; bits != 0; bits &= bits - 1) {
-        float& logit = row[word * 64 + __builtin_ctzll(bits)];
-        logit = logit > 0 ? logit / penalty : logit * penalty;
-      }
+  if (options.repetition_penalty == 1) return;
+  const auto penalty = float(options.repetition_penalty);
+  for (int64_t word = 0; word * 64 < vocabulary; ++word) {
+    for (uint64_t bits = seen[word]; bits != 0; bits &= bits - 1) {
+      float& logit = row[word * 64 + __builtin_ctzll(bits)];
+      logit = logit > 0 ? logit / penalty : logit * penalty;
     }
   }
-  if (temperature != 1) RLHF_FAST_KERNEL(isa(), divide)(row.data(), vocabulary, float(temperature), row.data());
-  return row.data();
 }
 
 }  // namespace
@@ -208,24 +227,24 @@ Sampled sample(const float* logits, int64_t vocabulary, const SamplingOptions& o
   scratch.full.of(logits, vocabulary, temperature);
   if (!full.finite()) return {0, kNaN, kNaN};
 
+  const Softmax* allowed = &full;
   const bool masked = place.position < options.min_tokens && options.stop_count > 0;
-  const bool filtered = !greedy && (options.min_p > 0 || (0 < options.top_k && options.top_k < vocabulary) ||
-                                    options.top_p < 1);
-  if (!masked && options.repetition_penalty == 1 && !filtered) {
-    const int32_t token = greedy ? full.likeliest() : full.draw(number);
-    const float logprob = full.logprob(token);
-    return {token, logprob, logprob};
+  if (masked || options.repetition_penalty != 1) {
+    process(logits, vocabulary, options, masked, seen, scratch.row);
+    scratch.allowed.of(scratch.row.data(), vocabulary, temperature);
+    allowed = &scratch.allowed;
+    if (!allowed->finite()) return {0, kNaN, kNaN};
   }
 
-  scratch.allowed.of(processed(logits, vocabulary, options, masked, seen, temperature, scratch.row), vocabulary, 1);
-  const Softmax& allowed = scratch.allowed;
-  if (!allowed.finite()) return {0, kNaN, kNaN};
-  if (!filtered) {
-    const int32_t token = greedy ? allowed.likeliest() : allowed.draw(number);
-    return {token, full.logprob(token), allowed.logprob(token)};
+  const bool top_k = 0 < options.top_k && options.top_k < vocabulary;
+  if (greedy || !(options.min_p > 0 || top_k || options.top_p < 1)) {
+    const int32_t token = greedy ? allowed->likeliest() : allowed->draw(number);
+    return {token, full.logprob(token), allowed->logprob(token)};
   }
 
-  filter(allowed, vocabulary, options, scratch);
+  const float largest = allowed->largest() / float(temperature);
+  if (!std::isfinite(largest)) return {0, kNaN, kNaN};
+  filter(*allowed, largest, vocabulary, options, scratch);
   const auto& candidates = scratch.candidates;
   const double total = total_weight(candidates.begin(), candidates.end()), goal = target(number, total);
   double before = 0;
@@ -233,7 +252,7 @@ Sampled sample(const float* logits, int64_t vocabulary, const SamplingOptions& o
     before += candidate.weight;
     return before > goal;
   });
-  return {drawn->token, full.logprob(drawn->token), float(double(drawn->logit) - allowed.largest() - std::log(total))};
+  return {drawn->token, full.logprob(drawn->token), float(double(drawn->logit) - largest - std::log(total))};
 }
 
 }  // namespace rlhf_fast

@@ -182,6 +182,8 @@ def test_logits_that_are_no_distribution_give_nan(fields: dict[str, Any]) -> Non
             assert np.isnan(row.draw(logits, 0)[1:]).all()
     assert np.isnan(row.draw(torch.full((300,), -torch.inf), 0)[1:]).all()
     assert np.isfinite(row.draw(torch.zeros(300), 0)[1:]).all()
+    overflow = Row(300, SamplingParams(temperature=1e-38, top_k=3))
+    assert np.isnan(overflow.draw(torch.full((300,), 5.0), 0)[1:]).all()
     masked = Row(2, SamplingParams(**fields, min_tokens=1), stop_ids=[0, 1])
     assert np.isnan(masked.draw(torch.zeros(2), 0)[1:]).all()
 
