@@ -80,7 +80,7 @@ def generation_library() -> Library:
     kernels = [source for source in sources if "namespace rlhf_fast::RLHF_FAST_ISA" in source.read_text("utf-8")]
     python = ("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"])
     others = [
-        Unit(source, ("-O1", *python) if source.name == "bindings.cpp" else ())
+        Unit(source, ("-O1", *python) if source.stem.endswith("bindings") else ())
         for source in sources
         if source not in kernels
     ]

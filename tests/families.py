@@ -40,20 +40,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tiny_config(family: str) -> Any:
-    """The transformers config of a tiny model of that family."""
+def tiny_config(family: str, **changes: Any) -> Any:
+    """The transformers config of a tiny model of that family, with some settings changed."""
     import transformers
 
     name, settings = FAMILIES[family]
-    return getattr(transformers, name)(**{**_COMMON, **settings})
+    return getattr(transformers, name)(**{**_COMMON, **settings, **changes})
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """A random model in eval mode. Biases and norms are random too, so that a forgotten one shows."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family))
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:

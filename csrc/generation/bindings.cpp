@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "bindings.h"
 #include "linear.h"
 #include "sampler.h"
 
@@ -15,11 +16,6 @@ namespace {
 
 std::string instruction_set() {
   return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "baseline";
-}
-
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
 }
 
 void linear_at(uintptr_t weight, WeightType type, int64_t out, int64_t in, int64_t row_stride, bool transposed,
@@ -64,6 +60,8 @@ PYBIND11_MODULE(_generation, m) {
         "top_k"_a, "min_tokens"_a, "stop_ids"_a, "stop_count"_a, "seed"_a, "sample"_a, "position"_a, "seen"_a,
         "(token, log-prob, log-prob in what it was drawn from) of one row, as sampler.h says; addresses of float32 "
         "logits, int32 stop_ids and a bit a token in 64-bit words for seen.");
+
+  bind_decoder(m);
 }
 
 }  // namespace rlhf_fast

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from rlhf_fast.errors import BuildError
 from rlhf_fast.ops import Backend
 
-from . import transformers_backend
-from .params import Completion, FinishReason, SamplingParams
+from . import cpp_backend, transformers_backend
+from .abort import AbortFlag
+from .decoded import Decoded, Request
+from .model_spec import Spec, UnsupportedError, describe
+from .params import Completion, SamplingParams
 from .rollout import Rollout
 from .sampler import Sampler
 from .stop_strings import StopStrings
@@ -28,27 +33,17 @@ if TYPE_CHECKING:
 class GeneratorStats:
     """Counts since the generator was made."""
 
-    backend: str  # what decodes
-    prompt_tokens: int = 0
+    backend: str  # what decoded last, or will first: "cpp" or "transformers"
+    prompt_tokens: int = 0  # of all completions
+    prefilled_tokens: int = 0  # of them those that went through the model; in C++ completions share equal beginnings
     generated_tokens: int = 0
     seconds: float = 0.0  # prefill included
-    peak_cache_bytes: int = 0  # keys and values of the largest batch, worked out from the model's config
+    evictions: int = 0  # rows that gave their part of a full cache back for a while, in C++
+    peak_cache_bytes: int = 0  # keys and values at most; with transformers of the largest batch, by the model's config
 
     @property
     def tokens_per_s(self) -> float:
         return self.generated_tokens / self.seconds if self.seconds else 0.0
-
-
-@dataclass
-class _Results:
-    """Filled batch by batch, in the order of the input."""
-
-    tokens: Tensor
-    mask: Tensor
-    logprobs: Tensor
-    sampled_logprobs: Tensor
-    finish_reasons: list[FinishReason]
-    texts: list[str | None]
 
 
 class Generator:
@@ -58,6 +53,11 @@ class Generator:
     trains it; it is put in eval mode for each call. After an optimiser step the next call sees the new weights.
     `tokenizer`: needed for prompts given as text, for texts of completions and for stop strings.
 
+    `backend`: "cpp" is the project's own decoder, on the CPU for the families of model_spec.py; "transformers" runs any
+    model; "auto" takes the first where it can, and says in a warning why it cannot. `max_batch_size`: rows decoded
+    together. `cache_bytes`: what the C++ decoder may use for keys and values; rows wait where that is too little for
+    all. None of these changes a row's tokens in the C++ decoder.
+
     EOS is the tokenizer's and the ones in the model's generation_config; nothing else of that config is used.
     """
 
@@ -66,29 +66,34 @@ class Generator:
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        backend: Literal["auto", "transformers"] = "auto",
+        backend: Literal["auto", "cpp", "transformers"] = "auto",
         max_batch_size: int = 64,
+        cache_bytes: int | None = None,
         ops_backend: Backend = "auto",
     ):
-        if backend not in ("auto", "transformers"):
-            raise ValueError(f"backend: 'auto' or 'transformers' was expected, got {backend!r}")
-        if max_batch_size < 1:
-            raise ValueError(f"max_batch_size: must be at least 1, got {max_batch_size}")
+        if backend not in ("auto", "cpp", "transformers"):
+            raise ValueError(f"backend: 'auto', 'cpp' or 'transformers' was expected, got {backend!r}")
+        for name, value in (("max_batch_size", max_batch_size), ("cache_bytes", cache_bytes)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: must be at least 1, got {value}")
         inner: Any = model if hasattr(model, "generate") else getattr(model, "model", None)
         if not hasattr(inner, "generate"):
             raise TypeError(f"model: a causal language model was expected, got {type(model).__name__}")
         self.model, self.tokenizer = inner, tokenizer
-        self.max_batch_size, self.ops_backend = max_batch_size, ops_backend
-        self.stats = GeneratorStats("transformers")
+        self.backend, self.ops_backend = backend, ops_backend
+        self.max_batch_size, self.cache_bytes = max_batch_size, cache_bytes
+        self.stats = GeneratorStats("transformers" if backend == "transformers" else "cpp")
+        self._why_not_cpp: str | None = None  # as warned of
         self._can_batch: bool | None = None  # tried at need
-        self._abort = threading.Event()
+        self._abort = AbortFlag()
         self._busy = threading.Lock()
 
     def generate(self, prompts: Sequence[str] | Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
         """params.n completions for each prompt (text or token ids), in the prompts' order.
 
         Raises ValueError: an empty prompt, ids out of range, no room in the model's context, text or stop strings
-        without a tokenizer. NonFiniteError: NaN logits.
+        without a tokenizer, a cache too small for one row, backend="cpp" for a model that it does not know.
+        NonFiniteError: NaN logits.
         """
         prompt_ids = [self._encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
         results = self._run(prompt_ids, params, None)
@@ -163,48 +168,105 @@ class Generator:
         params: SamplingParams,
         seeds: Sequence[int] | None,
         watcher: StopStrings | None = None,
-    ) -> _Results:
+    ) -> Decoded:
         """`watcher`: of the only row, where it is not to be a new one."""
         limits = [self._limit(i, prompt, params) for i, prompt in enumerate(prompts)]
         seeds = self._seeds(len(prompts), params, seeds)
-        stop_ids = torch.tensor(self._stop_ids(params), dtype=torch.int64, device=self.model.device)
+        requests = [Request(i, limits[i], seeds[i], j) for i in range(len(prompts)) for j in range(params.n)]
         stop = self._watched(params)
-        rows = [(i, j) for i in range(len(prompts)) for j in range(params.n)]
-
-        def watchers(rows: int) -> list[StopStrings] | None:
-            if watcher is not None:
-                return [watcher]
-            return [StopStrings(self.tokenizer, stop, params.min_tokens) for _ in range(rows)] if stop else None
-
+        watchers = [StopStrings(self.tokenizer, stop, params.min_tokens) for _ in requests] if stop else None
+        watchers = watchers if watcher is None else [watcher]
+        if not requests:
+            return self._empty(0)
         with self._busy:
             self._abort.clear()
             started = time.perf_counter()
-            results = self._empty(len(rows))
-            for batch in self._batches([limits[i] for i, _ in rows], [len(prompts[i]) for i, _ in rows]):
-                chosen = [rows[row] for row in batch]
-                batch_prompts = [prompts[i] for i, _ in chosen]
-                sampler = Sampler(
-                    params,
-                    batch_prompts,
-                    [seeds[i] for i, _ in chosen],
-                    [j for _, j in chosen],
-                    stop_ids,
-                    ops_backend=self.ops_backend,
-                )
-                decoded = transformers_backend.decode(
-                    self.model,
-                    batch_prompts,
-                    sampler,
-                    limit=limits[chosen[0][0]],
-                    stop_ids=stop_ids,
-                    watchers=watchers(len(batch)),
-                    abort=self._abort,
-                )
-                _put(results, batch, decoded)
-                self._count(batch_prompts, decoded.mask)
-                if self._abort.is_set():
-                    break
+            spec = self._spec(max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)))
+            if spec is None:
+                decoded = self._decode_in_batches(prompts, requests, params, watchers)
+            else:
+                decoded = self._decode_in_cpp(spec, prompts, requests, params, watchers)
+            self.stats.prompt_tokens += sum(len(prompts[request.prompt]) for request in requests)
+            self.stats.generated_tokens += int(decoded.mask.sum())
             self.stats.seconds += time.perf_counter() - started
+        return decoded
+
+    def _spec(self, positions: int) -> Spec | None:
+        """The model as the C++ decoder wants it; None where transformers decodes."""
+        self.stats.backend = "transformers"
+        if self.backend == "transformers" or (self.backend == "auto" and self.model.device.type != "cpu"):
+            return None
+        try:
+            spec = describe(self.model, positions)
+        except (UnsupportedError, BuildError) as error:
+            if self.backend == "cpp":
+                raise error if isinstance(error, BuildError) else ValueError(f"backend 'cpp': {error}") from error
+            if str(error) != self._why_not_cpp:
+                self._why_not_cpp = str(error)
+                warnings.warn(f"transformers decodes instead of C++: {error}", stacklevel=5)
+            return None
+        self.stats.backend = "cpp"
+        return spec
+
+    def _decode_in_cpp(
+        self,
+        spec: Spec,
+        prompts: list[list[int]],
+        requests: list[Request],
+        params: SamplingParams,
+        watchers: list[StopStrings] | None,
+    ) -> Decoded:
+        decoded, counts = cpp_backend.decode(
+            spec,
+            prompts,
+            requests,
+            params,
+            stop_ids=self._stop_ids(params),
+            watchers=watchers,
+            abort=self._abort,
+            max_batch_size=self.max_batch_size,
+            cache_bytes=self.cache_bytes,
+        )
+        self.stats.prefilled_tokens += counts.prompt_tokens
+        self.stats.evictions += counts.evictions
+        self.stats.peak_cache_bytes = max(self.stats.peak_cache_bytes, counts.peak_cache_bytes)
+        return decoded
+
+    def _decode_in_batches(
+        self,
+        prompts: list[list[int]],
+        requests: list[Request],
+        params: SamplingParams,
+        watchers: list[StopStrings] | None,
+    ) -> Decoded:
+        results = self._empty(len(requests))
+        stop_ids = torch.tensor(self._stop_ids(params), dtype=torch.int64, device=self.model.device)
+        for batch in self._batches([r.limit for r in requests], [len(prompts[r.prompt]) for r in requests]):
+            chosen = [requests[row] for row in batch]
+            batch_prompts = [prompts[request.prompt] for request in chosen]
+            sampler = Sampler(
+                params,
+                batch_prompts,
+                [request.seed for request in chosen],
+                [request.sample for request in chosen],
+                stop_ids,
+                ops_backend=self.ops_backend,
+            )
+            decoded = transformers_backend.decode(
+                self.model,
+                batch_prompts,
+                sampler,
+                limit=chosen[0].limit,
+                stop_ids=stop_ids,
+                watchers=[watchers[row] for row in batch] if watchers else None,
+                abort=self._abort,
+            )
+            _put(results, batch, decoded)
+            self.stats.prefilled_tokens += sum(map(len, batch_prompts))
+            cached = len(batch) * (max(map(len, batch_prompts)) + decoded.mask.shape[1]) * _cache_bytes(self.model)
+            self.stats.peak_cache_bytes = max(self.stats.peak_cache_bytes, cached)
+            if self._abort.is_set():
+                break
         return results
 
     def _limit(self, index: int, prompt: list[int], params: SamplingParams) -> int:
@@ -277,10 +339,10 @@ class Generator:
             raise ValueError("prompts given as text need a tokenizer; give Generator one, or give token ids")
         return self.tokenizer(prompt)["input_ids"]
 
-    def _empty(self, rows: int) -> _Results:
+    def _empty(self, rows: int) -> Decoded:
         """No tokens anywhere: what an aborted call leaves of the rows that it did not reach."""
         device = self.model.device
-        return _Results(
+        return Decoded(
             torch.zeros(rows, 0, dtype=torch.int64, device=device),
             torch.zeros(rows, 0, dtype=torch.bool, device=device),
             torch.zeros(rows, 0, device=device),
@@ -288,13 +350,6 @@ class Generator:
             ["abort"] * rows,
             [None] * rows,
         )
-
-    def _count(self, prompts: list[list[int]], mask: Tensor) -> None:
-        stats = self.stats
-        stats.prompt_tokens += sum(map(len, prompts))
-        stats.generated_tokens += int(mask.sum())
-        cached = len(prompts) * (max(map(len, prompts)) + mask.shape[1])
-        stats.peak_cache_bytes = max(stats.peak_cache_bytes, cached * _cache_bytes(self.model))
 
 
 def _cache_bytes(model: Any) -> int:
@@ -309,7 +364,7 @@ def _cache_bytes(model: Any) -> int:
         return 0
 
 
-def _put(results: _Results, batch: list[int], decoded: transformers_backend.Decoded) -> None:
+def _put(results: Decoded, batch: list[int], decoded: Decoded) -> None:
     """Writes a batch's rows to their places, widening the tensors as needed."""
     width = decoded.mask.shape[1]
     rows = torch.tensor(batch, device=decoded.mask.device)

@@ -42,5 +42,10 @@ class StopStrings:
         self.end = min((place for place in found if place >= 0), default=None)
         return self.end is not None
 
+    @property
+    def completed(self) -> str | None:
+        """The text before the stop string that ended it; None while there is none."""
+        return None if self.end is None else self.text[: self.end]
+
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -6,10 +6,8 @@ Runs any causal language model. The model's parameters are used in place.
 from __future__ import annotations
 
 import contextlib
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,24 +17,14 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from rlhf_fast.errors import NonFiniteError
 
-from .params import FinishReason, SamplingParams
+from .abort import AbortFlag
+from .decoded import NAN_LOGITS, Decoded
+from .params import SamplingParams
 from .sampler import Sampler
 from .stop_strings import StopStrings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass
-class Decoded:
-    """What one batch gave: [B, t] tensors, 0 outside mask; t is the longest response."""
-
-    tokens: Tensor
-    mask: Tensor
-    logprobs: Tensor
-    sampled_logprobs: Tensor
-    finish_reasons: list[FinishReason]
-    texts: list[str | None]  # up to a stop string where one ended the row
 
 
 class _Decoding:
@@ -52,7 +40,7 @@ class _Decoding:
         rows: int,
         stop_ids: Tensor,
         watchers: Sequence[StopStrings] | None,
-        abort: threading.Event,
+        abort: AbortFlag,
     ):
         device = stop_ids.device
         self.sampler, self.limit, self.stop_ids, self.watchers, self.abort = sampler, limit, stop_ids, watchers, abort
@@ -91,10 +79,7 @@ class _Decoding:
         width = int(active.sum(dim=1).max())
         mask = active[:, :width]
         if bool((logprobs[:, :width].isnan() & mask).any()):
-            raise NonFiniteError(
-                "the model's logits are NaN: its weights are damaged, or numbers overflowed (float16 ends at 65504; "
-                "try bfloat16 or float32)."
-            )
+            raise NonFiniteError(NAN_LOGITS)
         stopped, aborted = self.stopped.tolist(), self.aborted.tolist()
         return Decoded(
             tokens[:, :width],
@@ -102,9 +87,7 @@ class _Decoding:
             torch.where(mask, logprobs[:, :width].float(), 0.0),
             torch.where(mask, sampled[:, :width].float(), 0.0),
             ["stop" if s else "abort" if a else "length" for s, a in zip(stopped, aborted, strict=True)],
-            [w.text[: w.end] if w.end is not None else None for w in self.watchers]
-            if self.watchers is not None
-            else [None] * len(mask),
+            [None] * len(mask) if self.watchers is None else [watcher.completed for watcher in self.watchers],
         )
 
 
@@ -132,7 +115,7 @@ def decode(
     limit: int,
     stop_ids: Tensor,
     watchers: Sequence[StopStrings] | None,
-    abort: threading.Event,
+    abort: AbortFlag,
 ) -> Decoded:
     """Completes one batch of prompts, at most `limit` tokens each. Rows end at a token of `stop_ids` [S], by their
     watcher, or all together by `abort`; the call ends with the last row.
@@ -170,9 +153,7 @@ def can_batch(model: PreTrainedModel) -> bool:
     def logprobs(prompts: list[list[int]]) -> Tensor:
         rows, none = len(prompts), torch.tensor([], dtype=torch.int64, device=device)
         sampler = Sampler(greedy, prompts, [0] * rows, [0] * rows, none)
-        return decode(model, prompts, sampler, limit=2, stop_ids=none, watchers=None, abort=threading.Event()).logprobs[
-            0
-        ]
+        return decode(model, prompts, sampler, limit=2, stop_ids=none, watchers=None, abort=AbortFlag()).logprobs[0]
 
     rounding = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
     same = bool((logprobs([short]) - logprobs([short, long])).abs().max() < rounding)

@@ -173,7 +173,7 @@ def test_min_tokens_puts_eos_off() -> None:
 
 def test_the_call_ends_with_the_last_row() -> None:
     model, steps = scripted_model([5, EOS] * 10, VOCABULARY, eos=EOS), 0
-    generator = Generator(model)
+    generator = Generator(model, backend="transformers")
     generator.rollout([[2], [2, 2]], SamplingParams(max_tokens=50))
 
     def count(*_: Any) -> None:
@@ -230,7 +230,7 @@ def test_a_completion_ends_where_the_context_does() -> None:
 
 def test_abort_from_another_thread_keeps_what_is_there() -> None:
     model = tiny_model("llama")
-    generator = Generator(model, max_batch_size=2)
+    generator = Generator(model, backend="transformers", max_batch_size=2)
     generator.rollout(PROMPTS, SamplingParams(max_tokens=1))
     started, aborted, calls, result = threading.Event(), threading.Event(), 0, []
 
@@ -294,7 +294,8 @@ def test_dropout_of_a_model_in_training_does_not_act() -> None:
 def test_half_precision_has_an_fp32_head(family: str) -> None:
     model = tiny_model(family, torch.bfloat16)
     prompt = torch.tensor([[5, 6, 7]])
-    rollout = Generator(model).rollout(prompt.tolist(), SamplingParams(max_tokens=1, seed=0, n=4))
+    generator = Generator(model, backend="transformers")
+    rollout = generator.rollout(prompt.tolist(), SamplingParams(max_tokens=1, seed=0, n=4))
     token = rollout.tokens[:, 0]
     nothing = torch.zeros(4, dtype=torch.int64)
     with torch.no_grad():
@@ -305,7 +306,7 @@ def test_half_precision_has_an_fp32_head(family: str) -> None:
 
 
 def test_stats_count() -> None:
-    generator = Generator(tiny_model("llama"), max_batch_size=2)
+    generator = Generator(tiny_model("llama"), backend="transformers", max_batch_size=2)
     generator.rollout(PROMPTS, SamplingParams(max_tokens=6, ignore_eos=True))
     generator.release_cache()
     stats = generator.stats
@@ -332,10 +333,12 @@ def test_wrong_requests_are_named() -> None:
         generator.generate(["hello"], params)
     with pytest.raises(ValueError, match="stop strings need a tokenizer"):
         generator.generate([[3]], SamplingParams(stop="x"))
-    with pytest.raises(ValueError, match="backend: 'auto' or 'transformers'"):
-        Generator(tiny_model("gpt2"), backend="cpp")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="backend: 'auto', 'cpp' or 'transformers'"):
+        Generator(tiny_model("gpt2"), backend="vllm")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_batch_size"):
         Generator(tiny_model("gpt2"), max_batch_size=0)
+    with pytest.raises(ValueError, match="cache_bytes: must be at least 1, got 0"):
+        Generator(tiny_model("gpt2"), cache_bytes=0)
     with pytest.raises(TypeError, match="a causal language model was expected, got Linear"):
         Generator(torch.nn.Linear(2, 2))
 

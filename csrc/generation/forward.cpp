@@ -1,0 +1,227 @@
+#include "forward.h"
+
+#include <omp.h>
+
+#include <algorithm>
+
+#include "../cpu/choose_isa.h"
+
+namespace rlhf_fast {
+namespace {
+
+// Numbers read or written that are worth the start of the threads.
+constexpr int64_t kWorthThreads = 1 << 14;
+
+// Tokens of a prompt whose attention is one piece of work.
+constexpr int64_t kTokensAtOnce = 16;
+
+// Calls use(token) for each token, on all threads if that is worth it.
+template <typename Use>
+void for_each(int64_t tokens, int64_t size, Use use) {
+#pragma omp parallel for schedule(static) if (tokens > 1 && tokens * size > kWorthThreads)
+  for (int64_t token = 0; token < tokens; ++token) use(token);
+}
+
+// The products side by side: product i fills its part of each row of y. Returns the row's size.
+int64_t linear_row(const std::vector<Linear>& layers) {
+  int64_t size = 0;
+  for (const Linear& layer : layers) size += layer.out;
+  return size;
+}
+
+void linear_side_by_side(const std::vector<Linear>& layers, const float* x, int64_t rows, float* y) {
+  const int64_t stride = linear_row(layers);
+  for (const Linear& layer : layers) {
+    linear(layer, x, rows, layer.in, y, stride);
+    y += layer.out;
+  }
+}
+
+void grow(std::vector<float>& buffer, int64_t size) {
+  if (int64_t(buffer.size()) < size) buffer.resize(size);
+}
+
+// Some tokens of a span for one key-value head.
+struct Task {
+  const Span* span;
+  int64_t first_row;  // of the span, in the pass
+  int64_t token;      // of the span
+  int64_t count;
+};
+
+}  // namespace
+
+bool Forward::run(const std::vector<Span>& spans, const std::function<bool()>& interrupted) {
+  tokens_ = positions_ = 0;
+  for (const Span& span : spans) {
+    tokens_ += span.count;
+    positions_ = std::max(positions_, span.position + span.count);
+  }
+  const int64_t size = model_.hidden;
+  grow(hidden_, tokens_ * size);
+  grow(normed_, tokens_ * size);
+  grow(out_, tokens_ * size);
+  embed(spans);
+  for (size_t i = 0; i < model_.layers.size(); ++i) {
+    if (interrupted()) return false;
+    const Layer& layer = model_.layers[i];
+    norm(layer.attention_norm, hidden_, normed_);
+    attention(layer, int64_t(i), spans);
+    if (model_.parallel) {
+      norm(layer.mlp_norm, hidden_, normed_);
+      add(layer.attention_out_norm);
+    } else {
+      add(layer.attention_out_norm);
+      norm(layer.mlp_norm, hidden_, normed_);
+    }
+    mlp(layer);
+    add(layer.mlp_out_norm);
+  }
+  return true;
+}
+
+void Forward::embed(const std::vector<Span>& spans) {
+  const int64_t size = model_.hidden;
+  const bool direct = model_.embedding_out.empty();
+  const int64_t width = direct ? size : model_.embedding_out[0].in;
+  grow(normed_, tokens_ * width);
+  float* x = direct ? hidden_.data() : normed_.data();
+  for (const Span& span : spans) {
+    for (int64_t i = 0; i < span.count; ++i, x += width) {
+      RLHF_FAST_KERNEL(isa(), embed)(model_.embedding, span.tokens[i], x, width, false);
+    }
+  }
+  if (!direct) linear(model_.embedding_out[0], normed_.data(), tokens_, width, hidden_.data(), size);
+  if (!model_.positions.weight) return;
+  x = hidden_.data();
+  for (const Span& span : spans) {
+    for (int64_t i = 0; i < span.count; ++i, x += size) {
+      RLHF_FAST_KERNEL(isa(), embed)(model_.positions, span.position + i + model_.position_offset, x, size, true);
+    }
+  }
+}
+
+const float* Forward::logits(const std::vector<int64_t>& tokens) {
+  const int64_t size = model_.hidden, count = int64_t(tokens.size()), vocabulary = model_.vocabulary;
+  grow(logits_, count * vocabulary);
+  for (int64_t i = 0; i < count; ++i) {
+    RLHF_FAST_KERNEL(isa(), normalise)(model_.final_norm, &hidden_[tokens[i] * size], &normed_[i * size], size);
+  }
+  const float* x = normed_.data();
+  for (const Linear& layer : model_.hidden_out) {
+    grow(projected_, count * layer.out);
+    linear(layer, x, count, size, projected_.data(), layer.out);
+    x = projected_.data();
+  }
+  linear(model_.head, x, count, model_.head.in, logits_.data(), vocabulary);
+  for_each(count, vocabulary, [&](int64_t i) {
+    RLHF_FAST_KERNEL(isa(), scale_and_cap)(&logits_[i * vocabulary], model_.logit_scale, model_.logit_cap, vocabulary);
+  });
+  return logits_.data();
+}
+
+// out_ = the attention's output of normed_
+void Forward::attention(const Layer& layer, int64_t index, const std::vector<Span>& spans) {
+  const Heads& heads = model_.heads;
+  const int64_t row = linear_row(layer.attention_in), group = heads.query_heads / heads.key_value_heads;
+  const int64_t attended = heads.query_heads * heads.size;
+  grow(projected_, tokens_ * row);
+  grow(attended_, tokens_ * attended);
+  linear_side_by_side(layer.attention_in, normed_.data(), tokens_, projected_.data());
+
+  std::vector<Task> tasks;
+  int64_t first = 0;
+  for (const Span& span : spans) {
+    for (int64_t token = 0; token < span.count; token += kTokensAtOnce) {
+      tasks.push_back({&span, first, token, std::min(kTokensAtOnce, span.count - token)});
+    }
+    first += span.count;
+  }
+
+  // Keys and values of all tokens go to their pages before the first query looks.
+  const auto append_heads = [&](const Task& task, int64_t head) {
+    for (int64_t i = task.token; i < task.token + task.count; ++i) {
+      const int64_t position = task.span->position + i;
+      float* const part = &projected_[(task.first_row + i) * row];
+      const auto prepare = [&](const Norm& norm, float* x) {
+        if (norm.kind != Norm::Kind::none) RLHF_FAST_KERNEL(isa(), normalise)(norm, x, x, heads.size);
+        if (layer.rotary.cos) RLHF_FAST_KERNEL(isa(), rotate)(layer.rotary, position, x);
+      };
+      for (int64_t q = head * group; q < (head + 1) * group; ++q) {
+        prepare(layer.query_norm, part + heads.queries + q * heads.query_stride);
+      }
+      float* const key = part + heads.keys + head * heads.key_value_stride;
+      prepare(layer.key_norm, key);
+      RLHF_FAST_KERNEL(isa(), append)
+      (layout_, task.span->pages[position / kPageTokens] + layout_.offset(index, head), position % kPageTokens, key,
+       part + heads.values + head * heads.key_value_stride);
+    }
+  };
+  const auto attend_head = [&](const Task& task, int64_t head, float* scratch) {
+    const int64_t first_row = task.first_row + task.token;
+    const Attention attention{
+        .layout = layout_,
+        .offset = layout_.offset(index, head),
+        .pages = task.span->pages.data(),
+        .position = task.span->position + task.token,
+        .tokens = task.count,
+        .window = layer.window,
+        .scale = layer.attention_scale,
+        .cap = model_.attention_cap,
+        .group = group,
+        .queries = &projected_[first_row * row + heads.queries + head * group * heads.query_stride],
+        .query_stride = row,
+        .query_head_stride = heads.query_stride,
+        .outputs = &attended_[first_row * attended + head * group * heads.size],
+        .output_stride = attended,
+    };
+    RLHF_FAST_KERNEL(isa(), attend)(attention, scratch);
+  };
+
+  const int64_t scratch = attention_scratch(positions_, heads.size);
+  grow(scratch_, omp_get_max_threads() * scratch);
+  const int64_t pieces = int64_t(tasks.size()) * heads.key_value_heads;
+  const bool worth = pieces > 1 && tokens_ * heads.query_heads * heads.size * positions_ > kWorthThreads;
+#pragma omp parallel if (worth)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < pieces; ++i) append_heads(tasks[i / heads.key_value_heads], i % heads.key_value_heads);
+    float* const own = &scratch_[omp_get_thread_num() * scratch];
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < pieces; ++i) attend_head(tasks[i / heads.key_value_heads], i % heads.key_value_heads, own);
+  }
+  linear(layer.attention_out, attended_.data(), tokens_, attended, out_.data(), model_.hidden);
+}
+
+// out_ = the MLP's output of normed_.
+void Forward::mlp(const Layer& layer) {
+  const int64_t row = linear_row(layer.mlp_in), inner = layer.mlp_out.in;
+  grow(projected_, tokens_ * row);
+  grow(inner_, tokens_ * inner);
+  linear_side_by_side(layer.mlp_in, normed_.data(), tokens_, projected_.data());
+  for_each(tokens_, row, [&](int64_t token) {
+    const float* const x = &projected_[token * row];
+    const float* const factor = model_.gated ? x + inner : nullptr;
+    RLHF_FAST_KERNEL(isa(), activate)(model_.activation, x, factor, &inner_[token * inner], inner);
+  });
+  linear(layer.mlp_out, inner_.data(), tokens_, inner, out_.data(), model_.hidden);
+}
+
+void Forward::norm(const Norm& norm, std::vector<float>& x, std::vector<float>& y) {
+  const int64_t size = model_.hidden;
+  for_each(tokens_, size, [&](int64_t token) {
+    RLHF_FAST_KERNEL(isa(), normalise)(norm, &x[token * size], &y[token * size], size);
+  });
+}
+
+// hidden_ += residual_scale * norm(out_)
+void Forward::add(const Norm& norm) {
+  const int64_t size = model_.hidden;
+  for_each(tokens_, size, [&](int64_t token) {
+    float* const out = &out_[token * size];
+    if (norm.kind != Norm::Kind::none) RLHF_FAST_KERNEL(isa(), normalise)(norm, out, out, size);
+    RLHF_FAST_KERNEL(isa(), add_scaled)(out, model_.residual_scale, &hidden_[token * size], size);
+  });
+}
+
+}  // namespace rlhf_fast
