@@ -222,6 +222,8 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _chat(args: argparse.Namespace) -> int:
+    import torch
+
     from rlhf_fast.chat import Conversation, chat
     from rlhf_fast.generation import Generator, SamplingParams
     from rlhf_fast.models import check_vocabulary, load_causal_lm, load_tokenizer
@@ -233,7 +235,7 @@ def _chat(args: argparse.Namespace) -> int:
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error).replace("max_tokens", "max_new_tokens")) from None
     tokenizer = load_tokenizer(args.model)
-    model = load_causal_lm(args.model, dtype="float32")
+    model = load_causal_lm(args.model, dtype="float32").to("cuda" if torch.cuda.is_available() else "cpu")
     check_vocabulary(model, tokenizer)
     chat(Conversation(Generator(model, tokenizer), params, args.system_prompt))
     return 0
