@@ -31,6 +31,7 @@ def test_ops_are_functions_of_the_design() -> None:
     assert OPS == [
         "gae",
         "gather_logprobs",
+        "linear_cross_entropy",
         "linear_logprobs",
         "linear_ppo_loss",
         "logits_ppo_loss",

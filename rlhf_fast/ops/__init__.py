@@ -10,9 +10,10 @@ that the op has for the tensors' device: Triton on a GPU, C++ on a CPU. One that
 
 from rlhf_fast.ops import reference
 from rlhf_fast.ops._dispatch import Backend
-from rlhf_fast.ops._types import PPOLoss, ValueLoss
+from rlhf_fast.ops._types import CrossEntropyLoss, PPOLoss, ValueLoss
 from rlhf_fast.ops.gae import gae
 from rlhf_fast.ops.gather_logprobs import gather_logprobs
+from rlhf_fast.ops.linear_cross_entropy import linear_cross_entropy
 from rlhf_fast.ops.linear_logprobs import linear_logprobs
 from rlhf_fast.ops.linear_ppo_loss import linear_ppo_loss
 from rlhf_fast.ops.logits_ppo_loss import logits_ppo_loss
@@ -23,10 +24,12 @@ from rlhf_fast.ops.value_loss import value_loss
 
 __all__ = [
     "Backend",
+    "CrossEntropyLoss",
     "PPOLoss",
     "ValueLoss",
     "gae",
     "gather_logprobs",
+    "linear_cross_entropy",
     "linear_logprobs",
     "linear_ppo_loss",
     "logits_ppo_loss",

@@ -154,6 +154,20 @@ def head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: 
     number(op, "scale", scale)
 
 
+def token_weights(op: str, weights: Tensor | None, like: Tensor) -> None:
+    """One for each token of the mask `like`, or broadcast to that."""
+    if weights is None:
+        return
+    floating(op, weights=weights)
+    same_device(op, "weights", weights, like.device)
+    fits = weights.dim() == like.dim() and all(w in (1, m) for w, m in zip(weights.shape, like.shape, strict=True))
+    if not fits:
+        raise ValueError(
+            f"{op}: weights must have shape {list(like.shape)}, like mask, or 1 in place of a size; "
+            f"got {list(weights.shape)}"
+        )
+
+
 def policy(
     op: str,
     like: Tensor,
@@ -184,12 +198,4 @@ def policy(
         raise ValueError(f"{op}: kl_estimator 'k1' has an expected gradient of zero in a loss; use 'k2' or 'k3'")
     if kl_coef and ref_logprobs is None:
         raise ValueError(f"{op}: kl_coef {kl_coef:g} needs ref_logprobs, which is None")
-    if weights is not None:
-        floating(op, weights=weights)
-        same_device(op, "weights", weights, like.device)
-        fits = weights.dim() == like.dim() and all(w in (1, m) for w, m in zip(weights.shape, like.shape, strict=True))
-        if not fits:
-            raise ValueError(
-                f"{op}: weights must have shape {list(like.shape)}, like mask, or 1 in place of a size; "
-                f"got {list(weights.shape)}"
-            )
+    token_weights(op, weights, like)

@@ -6,14 +6,15 @@ in place: they leave the gradient of the loss where the logits were, and two mor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from rlhf_fast.ops._dispatch import Implementation, load_compiled_ops
+from rlhf_fast.ops.reference._common import compute_dtype
 
 # Rows whose logits exist at once. More rows share what a chunk costs, a pass over the weight in two products and over
 # its gradient in the third; fewer rows take less memory. On a CPU 64 rows are near the full rate, and 3% of the logits
@@ -25,9 +26,10 @@ CHUNK_ROWS = {"cpu": 64, "cuda": 512}
 # chunk: the products take a seventh longer, and a whole copy in fp32 would be a third of the logits of 2048 tokens.
 CAST_ELEMENTS = 2**20
 
-# What is done with the logits [n, V] of the used rows `rows`, in place. They hold d loss / d logits after it, unless no
-# gradient is needed.
-RowKernel = Callable[[slice, Tensor], None]
+Rows = slice | Tensor  # which of the N rows: Tensor for indices
+
+# What is done with the logits [n, V] of some rows, in place: d loss / d logits, unless no gradient is needed.
+RowKernel = Callable[[Rows, Tensor], None]
 
 
 class HeadChunks:
@@ -48,7 +50,7 @@ class HeadChunks:
         temperature: float,
         softcap: float | None,
         scale: float,
-        gradients: tuple[bool, bool, bool] = (False, False, False),
+        gradients: Sequence[bool] = (False, False, False),
     ) -> None:
         """hidden [..., H], weight [V, H], bias [V], used [...] bool; gradients: which of the first three need one."""
         self.dtype = compute_dtype(hidden, weight, bias)
@@ -56,9 +58,8 @@ class HeadChunks:
         self.bias = None if bias is None else bias.to(self.dtype)
         self.cap_scale = None if softcap is None else scale / softcap
         self.temperature = temperature / (scale if softcap is None else softcap)
-        self.shape, self.used = used.shape, used.reshape(-1)
+        self.used = used.reshape(-1)
         self.index = used_rows(self.used)
-        self.count = len(self.used if self.index is None else self.index)
 
         # Tensor cores multiply half-precision numbers as they are, and add in fp32.
         half = hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
@@ -66,42 +67,29 @@ class HeadChunks:
         self.x = hidden.new_zeros(CHUNK_ROWS[hidden.device.type], hidden.shape[-1], dtype=self.product_dtype)
         self.grad_hidden, self.grad_weight, self.grad_bias = (
             x.new_zeros(x.shape, dtype=self.dtype) if x is not None and needed else None
-            for x, needed in zip((self.hidden, weight, bias), gradients, strict=True)
+            for x, needed in zip((hidden, weight, bias), gradients, strict=True)
         )
-
-    def take(self, x: Tensor) -> Tensor:
-        """The used rows' numbers of x [..., *more], for the row kernel."""
-        x = x.reshape(-1, *x.shape[len(self.shape) :])
-        return x if self.index is None else x[self.index]
-
-    def put(self, x: Tensor) -> Tensor:
-        """The reverse: x's numbers where they belong, and 0 elsewhere."""
-        if self.index is not None:
-            x = x.new_zeros(len(self.used), *x.shape[1:]).index_copy_(0, self.index, x)
-        return x.reshape((*self.shape, *x.shape[1:]))
 
     def run(self, kernel: RowKernel) -> None:
         """All chunks, one after the other; the gradients that are needed are added up."""
         size = len(self.x)
+        count = len(self.used if self.index is None else self.index)
         with torch.autocast(self.x.device.type, enabled=False):
-            for start in range(0, self.count, size):
-                rows = slice(start, min(start + size, self.count))
-                self._run(kernel, rows)  # in a call of its own: its logits are gone before the next ones come
+            for start in range(0, count, size):
+                end = min(start + size, count)
+                rows = slice(start, end) if self.index is None else self.index[start:end]
+                self._run(kernel, rows, end - start)  # in a call of its own, whose logits are gone before the next come
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of hidden, weight and bias, in fp32 (float64); [0] where none is needed."""
-        hidden = None if self.grad_hidden is None else self.grad_hidden.reshape((*self.shape, self.hidden.shape[1]))
         found = [
             self.x.new_empty(0, dtype=self.dtype) if x is None else x
-            for x in (hidden, self.grad_weight, self.grad_bias)
+            for x in (self.grad_hidden, self.grad_weight, self.grad_bias)
         ]
         return found[0], found[1], found[2]
 
-    def _run(self, kernel: RowKernel, rows: slice) -> None:
-        n = rows.stop - rows.start
-        at = rows if self.index is None else self.index[rows]
-        x = self.hidden[at]
-        self.x[:n] = x if self.index is not None else torch.where(self.used[rows, None], x, 0)
+    def _run(self, kernel: RowKernel, rows: Rows, n: int) -> None:
+        self.x[:n] = torch.where(self.used[rows, None], self.hidden[rows], 0)
         logits = self._logits()
         if self.cap_scale is not None:
             logits.mul_(self.cap_scale).tanh_()
@@ -115,7 +103,7 @@ class HeadChunks:
         if self.grad_bias is not None:
             self.grad_bias += logits[:n].sum(dim=0)
         if self.grad_hidden is not None:
-            self.grad_hidden[at] = self._grad_x(logits)[:n]
+            self.grad_hidden.view(self.hidden.shape)[rows] = self._grad_x(logits)[:n]
         if self.grad_weight is not None:
             self._add_grad_weight(logits[:n], self.x[:n])
 
@@ -158,13 +146,8 @@ class HeadChunks:
             yield columns, self.weight[columns].to(self.dtype)
 
 
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 when any tensor is float64, float32 otherwise."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 def fake_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: list[bool]
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tensors as HeadChunks.gradients' without their numbers."""
     dtype = compute_dtype(hidden, weight, bias)
@@ -183,21 +166,44 @@ def used_rows(used: Tensor) -> Tensor | None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias. oneDNN is up to twice as fast as the library behind F.linear, which sets in fp32 on it."""
+    """x @ weight.T + bias. In fp32 on a CPU oneDNN is up to twice as fast as what F.linear calls."""
     if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
-def row_kernels(implementation: Implementation) -> tuple[Callable[..., Any], Callable[..., None]]:
-    """gather_logprobs' passes over rows of logits.
+def with_gradients(loss: Tensor, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor]) -> Tensor:
+    """loss, with HeadChunks.gradients' as its gradients with respect to hidden, weight and bias."""
+    known = [(x, g) for x, g in zip(inputs, gradients, strict=True) if x is not None and x.requires_grad]
+    if not (known and torch.is_grad_enabled()):
+        return loss
+    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(gradients[0]) is not Tensor
+    return KnownGradients.apply(loss, not traced, *(x for pair in known for x in pair))
 
-    (logits, ids, temperature, return_entropy, ignore_index) -> logprobs, entropy, stats
-    (grad_logprobs, grad_entropy, logits, ids, stats, entropy, temperature, ignore_index) -> None: over the logits
+
+class KnownGradients(torch.autograd.Function):
+    """loss, whose gradients are known: the backward pass hands them on, times the loss's own gradient.
+
+    As they are where that is 1. Otherwise they are scaled in place, for one is as large as the weight; that can be done
+    once, and a second backward pass is an error. While a graph is traced nothing may change behind the tracer's back.
     """
-    if implementation == "cpp":
-        load_compiled_ops()
-        return torch.ops.rlhf_fast._gather_logprobs_forward, torch.ops.rlhf_fast._gather_logprobs_backward_
-    from rlhf_fast.kernels import gather_logprobs as kernel  # not at the top: a machine may have no Triton
 
-    return kernel.forward, kernel.backward_
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, in_place: bool, *inputs_and_gradients: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs_and_gradients[1::2])
+        ctx.dtypes = [x.dtype for x in inputs_and_gradients[::2]]
+        ctx.in_place = in_place
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        if not ctx.in_place:
+            gradients = [gradient * grad_loss for gradient in gradients]
+        elif grad_loss.is_cuda or grad_loss.item() != 1:
+            for gradient in gradients:
+                gradient.mul_(grad_loss)
+        # In the inputs' dtype only now: scaled, small gradients are within float16's range.
+        cast = [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        return (None, None, *(x for gradient in cast for x in (gradient, None)))

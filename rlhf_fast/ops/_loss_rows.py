@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops._dispatch import Implementation, load_compiled_ops
-from rlhf_fast.ops._types import PPOLoss
+from rlhf_fast.ops._types import CrossEntropyLoss, PPOLoss
 
 PPO_COLUMNS = 6  # logprob, loss, approx_kl, whether clipped, entropy, ratio
 CROSS_ENTROPY_COLUMNS = 3  # logprob, loss, whether no logit is larger than the id's
@@ -115,6 +115,14 @@ def ppo_summary(found: Tensor, mask: Tensor, num_tokens: Tensor, dtype: torch.dt
         "logprobs": found[0].reshape(mask.shape).to(real),
     }
     return PPOLoss(loss, None, stats)
+
+
+def cross_entropy_summary(
+    found: Tensor, mask: Tensor, num_tokens: Tensor, dtype: torch.dtype, real: torch.dtype
+) -> CrossEntropyLoss:
+    """The loss and the statistics from what `cross_entropy_rows_` found of all rows; arguments as in `ppo_summary`."""
+    loss, accuracy = (found[1:].sum(dim=1, dtype=torch.float64) / num_tokens).to(dtype).unbind()
+    return CrossEntropyLoss(loss, {"logprobs": found[0].reshape(mask.shape).to(real), "accuracy": accuracy})
 
 
 class KnownGradient(torch.autograd.Function):

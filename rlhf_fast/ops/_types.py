@@ -26,3 +26,14 @@ class ValueLoss(NamedTuple):
 
     loss: Tensor
     stats: dict[str, Tensor]
+
+
+class CrossEntropyLoss(NamedTuple):
+    """Loss (0-d) and detached statistics, tensors all of them, so that reading none costs no host sync.
+
+    Keys: logprobs [...], exactly 0 outside the mask; accuracy, the part of the tokens than which no other had a larger
+    logit. Loss and accuracy are sums over masked tokens divided by num_tokens, and so add up across micro-batches.
+    """
+
+    loss: Tensor
+    stats: dict[str, Tensor]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast, overload
+from collections.abc import Callable
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _checks, reference
 from rlhf_fast.ops._dispatch import Backend, Implementation, choose_backend, load_compiled_ops
-from rlhf_fast.ops._head_chunks import HeadChunks, compute_dtype, fake_gradients, row_kernels
+from rlhf_fast.ops._head_chunks import HeadChunks, Rows, fake_gradients
+from rlhf_fast.ops.reference._common import compute_dtype
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("triton", "cpp", "reference")
 
@@ -127,21 +129,22 @@ def _forward(
     ignore_index: int,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs, entropy (empty unless asked for), what the row kernel's backward pass needs: [..., 2])"""
+    """(logprobs, entropy (empty unless asked for), what the row kernel's backward pass needs: [rows, 2])"""
     head = HeadChunks(hidden, weight, bias, ids != ignore_index, temperature=temperature, softcap=softcap, scale=scale)
-    forward, _ = row_kernels(cast(Implementation, implementation))
-    used_ids = head.take(ids)
-    logprobs, stats = hidden.new_empty(head.count, dtype=head.dtype), hidden.new_empty(head.count, 2, dtype=head.dtype)
-    entropy = torch.empty_like(logprobs)
+    forward, _ = _row_kernels(implementation)
+    logprobs, entropy = (torch.zeros(ids.numel(), dtype=head.dtype, device=ids.device) for _ in range(2))
+    stats = logprobs.new_zeros(ids.numel(), 2)
 
-    def kernel(rows: slice, logits: Tensor) -> None:
-        found = forward(logits, used_ids[rows], head.temperature, return_entropy, ignore_index)
-        for all_rows, part in zip((logprobs, entropy, stats), found, strict=True):
-            if part.numel():
-                all_rows[rows] = part
+    def kernel(rows: Rows, logits: Tensor) -> None:
+        logprobs[rows], found, stats[rows] = forward(
+            logits, ids.reshape(-1)[rows], head.temperature, return_entropy, ignore_index
+        )
+        if return_entropy:
+            entropy[rows] = found
 
     head.run(kernel)
-    return head.put(logprobs), head.put(entropy) if return_entropy else entropy.new_empty(0), head.put(stats)
+    entropy = entropy.reshape(ids.shape) if return_entropy else entropy.new_empty(0)
+    return logprobs.reshape(ids.shape), entropy, stats
 
 
 @_forward.register_fake
@@ -159,7 +162,7 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     logprobs = hidden.new_empty(ids.shape, dtype=compute_dtype(hidden, weight, bias))
     entropy = logprobs.new_empty(ids.shape if return_entropy else (0,))
-    return logprobs, entropy, logprobs.new_empty((*ids.shape, 2))
+    return logprobs, entropy, logprobs.new_empty((ids.numel(), 2))
 
 
 @torch.library.custom_op("rlhf_fast::_linear_logprobs_backward", mutates_args=())
@@ -192,21 +195,19 @@ def _backward(
         temperature=temperature,
         softcap=softcap,
         scale=scale,
-        gradients=(gradients[0], gradients[1], gradients[2]),
+        gradients=gradients,
     )
-    _, backward = row_kernels(cast(Implementation, implementation))
-    g, h = (None if x is None else head.take(x) for x in (grad_logprobs, grad_entropy))
-    used_ids, used_stats = head.take(ids), head.take(stats)
-    used_entropy = entropy if h is None else head.take(entropy)
+    _, backward = _row_kernels(implementation)
+    g, h = (None if x is None else x.reshape(-1) for x in (grad_logprobs, grad_entropy))
 
-    def kernel(rows: slice, logits: Tensor) -> None:
+    def kernel(rows: Rows, logits: Tensor) -> None:
         backward(
             None if g is None else g[rows],
             None if h is None else h[rows],
             logits,
-            used_ids[rows],
-            used_stats[rows],
-            used_entropy if h is None else used_entropy[rows],
+            ids.reshape(-1)[rows],
+            stats[rows],
+            entropy if h is None else entropy.reshape(-1)[rows],
             head.temperature,
             ignore_index,
         )
@@ -254,3 +255,17 @@ def _differentiate(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor 
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _row_kernels(implementation: str) -> tuple[Callable[..., Any], Callable[..., None]]:
+    """gather_logprobs' passes over rows of logits.
+
+    (logits, ids, temperature, return_entropy, ignore_index) -> logprobs, entropy, stats
+    (grad_logprobs, grad_entropy, logits, ids, stats, entropy, temperature, ignore_index) -> None: over the logits
+    """
+    if implementation == "cpp":
+        load_compiled_ops()
+        return torch.ops.rlhf_fast._gather_logprobs_forward, torch.ops.rlhf_fast._gather_logprobs_backward_
+    from rlhf_fast.kernels import gather_logprobs as kernel  # not at the top: a machine may have no Triton
+
+    return kernel.forward, kernel.backward_

@@ -21,6 +21,7 @@ elsewhere = torch.zeros(B, T, device="meta")
 RIGHT: dict[str, dict[str, Any]] = {
     "gather_logprobs": {"logits": logits, "ids": ids},
     "linear_logprobs": {"hidden": hidden, "weight": weight, "ids": ids},
+    "linear_cross_entropy": {"hidden": hidden, "weight": weight, "ids": ids, "mask": mask},
     "gae": {"rewards": x, "values": x, "mask": mask},
     "shaped_gae": {"scores": per_row, "logprobs": x, "ref_logprobs": x, "values": x, "mask": mask, "kl_coef": 0.1},
     "masked_whiten": {"x": x, "mask": mask},
@@ -63,6 +64,15 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
     ("linear_logprobs", {"ids": ids - 1}, "ids must be from 0 to 4"),
     ("linear_logprobs", {"ids": ids[0]}, "ids must have shape [2, 3], hidden's without H; got [3]"),
     ("linear_logprobs", {"temperature": 0.0}, "temperature must be above 0; got 0.0"),
+    ("linear_cross_entropy", {"mask": mask[0]}, "hidden must have shape [3, 4], mask's and weight's H; got [2, 3, 4]"),
+    ("linear_cross_entropy", {"ids": ids + V}, "ids must be from 0 to 4, unless masked out; got 5 at [0, 0]"),
+    (
+        "linear_cross_entropy",
+        {"weights": per_row},
+        "weights must have shape [2, 3], like mask, or 1 in place of a size",
+    ),
+    ("linear_cross_entropy", {"bias": per_row}, "bias must have shape [5], V as in weight; got [2]"),
+    ("linear_cross_entropy", {"num_tokens": 0}, "num_tokens must be above 0; got 0"),
     ("gae", {"values": x_short}, "values must have shape [2, 3], like mask; got [2, 2]"),
     ("gae", {"rewards": elsewhere}, "rewards must be on cpu like the other arguments; got meta"),
     ("gae", {"mask": mask[0]}, "mask must have shape [B, T]; got [3]"),
@@ -107,7 +117,6 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
     ("linear_ppo_loss", {"hidden": hidden[0]}, "hidden must have shape [2, 3, 4], mask's and weight's H; got [3, 4]"),
     ("linear_ppo_loss", {"ids": ids - 1}, "ids must be from 0 to 4, unless masked out; got -1 at [0, 0]"),
     ("linear_ppo_loss", {"bias": per_row}, "bias must have shape [5], V as in weight; got [2]"),
-    ("linear_ppo_loss", {"backend": "cpp"}, "linear_ppo_loss has no 'cpp' backend yet"),
 ]
 VALUES += [
     (op, {"kl_estimator": "k1"}, "kl_estimator 'k1' has an expected gradient of zero in a loss; use 'k2' or 'k3'")
@@ -123,6 +132,8 @@ TYPES: list[tuple[str, dict[str, Any], str]] = [
     ("gather_logprobs", {"temperature": "1"}, "temperature must be a number; got str"),
     ("gather_logprobs", {"temperature": torch.tensor(1.0)}, "temperature must be a number; got Tensor"),
     ("linear_logprobs", {"weight": weight.long()}, "weight must hold floating-point numbers; got torch.int64"),
+    ("linear_cross_entropy", {"mask": mask.long()}, "mask must be bool; got torch.int64"),
+    ("linear_cross_entropy", {"hidden": hidden.long()}, "hidden must hold floating-point numbers; got torch.int64"),
     ("gae", {"mask": mask.float()}, "mask must be bool; got torch.float32 (mask.bool() if it holds 0 and 1)"),
     ("gae", {"mask": [[True]]}, "mask must be a tensor; got list"),
     ("gae", {"rewards": x.long()}, "rewards must hold floating-point numbers; got torch.int64"),

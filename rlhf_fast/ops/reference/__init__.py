@@ -5,6 +5,7 @@ The arguments are rlhf_fast.ops's, without `backend` and without the checks.
 
 from rlhf_fast.ops.reference.gae import gae
 from rlhf_fast.ops.reference.gather_logprobs import gather_logprobs
+from rlhf_fast.ops.reference.linear_cross_entropy import linear_cross_entropy
 from rlhf_fast.ops.reference.linear_logprobs import linear_logprobs
 from rlhf_fast.ops.reference.linear_ppo_loss import linear_ppo_loss
 from rlhf_fast.ops.reference.logits_ppo_loss import logits_ppo_loss
@@ -16,6 +17,7 @@ from rlhf_fast.ops.reference.value_loss import value_loss
 __all__ = [
     "gae",
     "gather_logprobs",
+    "linear_cross_entropy",
     "linear_logprobs",
     "linear_ppo_loss",
     "logits_ppo_loss",

@@ -33,9 +33,7 @@ def linear_logprobs(
     bias = None if bias is None else bias.to(dtype)
 
     def chunk(rows: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-        logits = F.linear(rows, weight, bias) * scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = head_logits(rows, weight, bias, softcap, scale)
         found = gather_logprobs(
             logits, ids, temperature=temperature, return_entropy=return_entropy, ignore_index=ignore_index
         )
@@ -49,3 +47,9 @@ def linear_logprobs(
         parts = [checkpoint(chunk, *c, weight, bias, use_reentrant=False, preserve_rng_state=False) for c in chunks]
     outputs = [torch.cat(pieces).reshape(ids.shape) for pieces in zip(*parts, strict=True)]
     return (outputs[0], outputs[1]) if return_entropy else outputs[0]
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
+    """softcap(scale * (hidden @ weight.T + bias)), of any softcap, in the inputs' dtype."""
+    logits = F.linear(hidden, weight, bias) * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
