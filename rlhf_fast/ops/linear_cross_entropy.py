@@ -18,7 +18,7 @@ from rlhf_fast.ops._loss_rows import (
 from rlhf_fast.ops._types import CrossEntropyLoss
 from rlhf_fast.ops.reference._common import compute_dtype, token_count
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("cpp", "reference")
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("triton", "cpp", "reference")
 
 
 def linear_cross_entropy(

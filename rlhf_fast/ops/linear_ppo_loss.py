@@ -15,7 +15,7 @@ from rlhf_fast.ops._loss_rows import PPO_COLUMNS, ppo_rows_, ppo_summary
 from rlhf_fast.ops._types import PPOLoss
 from rlhf_fast.ops.reference._common import compute_dtype, token_count
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("cpp", "reference")
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("triton", "cpp", "reference")
 
 
 def linear_ppo_loss(

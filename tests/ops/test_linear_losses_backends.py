@@ -15,13 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf_fast.ops import Backend, _head_chunks
-from rlhf_fast.ops.linear_cross_entropy import IMPLEMENTATIONS
 from rlhf_fast.ops.linear_cross_entropy import _rows as cross_entropy_operator
 from rlhf_fast.ops.linear_ppo_loss import _rows as ppo_operator
 from tests.ops.linear_loss_cases import H, cross_entropy, make, ppo, run
 from tests.ops.op_cases import close, peak_bytes, seeds
 
-BACKENDS: list[Backend] = [name for name in IMPLEMENTATIONS if name != "reference"]
+BACKENDS: list[Backend] = ["cpp", "triton"]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 LOSSES = {"ppo": ppo, "cross-entropy": cross_entropy}
 losses = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -51,7 +50,7 @@ def doubles(given: dict[str, Tensor]) -> dict[str, Tensor]:
 @losses
 @settings(max_examples=30, deadline=None)
 @given(
-    backend=st.sampled_from(BACKENDS),
+    backend=st.sampled_from(["cpp", "cpp", "cpp", "triton"]),  # the interpreter is slow
     rows=st.sampled_from([1, 3, 4, 5, 8, 13]),
     used=st.sampled_from(["some", "all", "none"]),
     without=st.sets(st.sampled_from(["bias", "weights"])),
