@@ -10,6 +10,8 @@
 #include "ops/common.h"
 #include "ops/gather_logprobs.h"
 #include "ops/logits_ppo_loss.h"
+#include "ops/ppo_loss.h"
+#include "ops/value_loss.h"
 
 namespace rlhf_fast {
 namespace {
@@ -36,16 +38,22 @@ TORCH_LIBRARY(rlhf_fast, m) {
   m.def("num_threads() -> int", &num_threads);
   define_gather_logprobs(m);
   define_logits_ppo_loss(m);
+  define_ppo_loss(m);
+  define_value_loss(m);
 }
 
 TORCH_LIBRARY_IMPL(rlhf_fast, CPU, m) {
   implement_gather_logprobs_cpu(m);
   implement_logits_ppo_loss_cpu(m);
+  implement_ppo_loss_cpu(m);
+  implement_value_loss_cpu(m);
 }
 
 TORCH_LIBRARY_IMPL(rlhf_fast, Meta, m) {
   implement_gather_logprobs_meta(m);
   implement_logits_ppo_loss_meta(m);
+  implement_ppo_loss_meta(m);
+  implement_value_loss_meta(m);
 }
 
 }  // namespace rlhf_fast

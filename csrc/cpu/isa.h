@@ -20,9 +20,14 @@
 #define RLHF_FAST_FOR_EACH_ISA(DO) DO(baseline) DO(avx2) DO(avx512)
 // The kernel of that name for the set `isa`.
 #define RLHF_FAST_KERNEL(isa, name) (isa == Isa::avx512 ? avx512::name : isa == Isa::avx2 ? avx2::name : baseline::name)
+// Calls it, also where the name is overloaded.
+#define RLHF_FAST_CALL(isa, name, ...)                                   \
+  (isa == Isa::avx512 ? avx512::name(__VA_ARGS__)                        \
+   : isa == Isa::avx2 ? avx2::name(__VA_ARGS__) : baseline::name(__VA_ARGS__))
 #else
 #define RLHF_FAST_FOR_EACH_ISA(DO) DO(baseline)
 #define RLHF_FAST_KERNEL(isa, name) (baseline::name)
+#define RLHF_FAST_CALL(isa, name, ...) (baseline::name(__VA_ARGS__))
 #endif
 
 namespace rlhf_fast {

@@ -3,9 +3,7 @@
 // tie each side gets half, and the ends of a clamp count as inside. A log-prob of NaN has a derivative of NaN.
 #pragma once
 
-#include <math.h>
-
-#include "isa.h"
+#include "lanes.h"
 
 namespace rlhf_fast {
 
@@ -17,54 +15,56 @@ struct PPOTokenOptions {
   double entropy_coef;
 };
 
-struct PPOToken {  // not yet divided by the number of tokens
-  double loss, dlogprob, dentropy;
-  double ratio;
-  bool clipped;
-  double approx_kl;
-};
-
 namespace RLHF_FAST_ISA {
+
+template <typename N>  // double, or Floats: a vector of tokens
+struct PPOToken {      // not yet divided by the number of tokens
+  N loss, dlogprob, dentropy;
+  N ratio;
+  N clipped;  // 1 or 0
+  N approx_kl;
+};
 
 constexpr double kMaxLogRatio = 20;
 
-inline PPOToken ppo_token(double logprob, double old_logprob, double advantage, double weight, bool has_ref,
-                          double ref_logprob, double entropy, const PPOTokenOptions& options) {
-  const auto clamp = [](double x, double low, double high) { return x < low ? low : x > high ? high : x; };
-  const auto outside = [](double x, double low, double high) { return x < low || x > high; };  // NaN is not
-  const double difference = logprob - old_logprob;
-  const double log_ratio = clamp(difference, -kMaxLogRatio, kMaxLogRatio), ratio = exp(log_ratio);
-  const double unclipped = -advantage * ratio;
-  const double clipped = -advantage * clamp(ratio, options.clip_low, options.clip_high);
+template <typename N>
+inline PPOToken<N> ppo_token(N logprob, N old_logprob, N advantage, N weight, bool has_ref, N ref_logprob, N entropy,
+                             const PPOTokenOptions& options) {
+  const N zero = all<N>(0), half = all<N>(0.5), one = all<N>(1);
+  const N lowest = all<N>(-kMaxLogRatio), highest = all<N>(kMaxLogRatio);
+  const N clip_low = all<N>(options.clip_low), clip_high = all<N>(options.clip_high);
+  const N difference = logprob - old_logprob;
+  const N log_ratio = clamp(difference, lowest, highest), ratio = exponential(log_ratio);
+  const N unclipped = zero - advantage * ratio, clipped = zero - advantage * clamp(ratio, clip_low, clip_high);
 
-  const double from_clipped = outside(ratio, options.clip_low, options.clip_high) ? 0 : unclipped;
-  double loss = unclipped, dlogprob = unclipped;
-  if (clipped > unclipped) {
-    loss = clipped, dlogprob = from_clipped;
-  } else if (clipped == unclipped) {
-    dlogprob = 0.5 * (unclipped + from_clipped);
+  const N from_clipped = outside(ratio, clip_low, clip_high, zero, unclipped);
+  N loss = greater(clipped, unclipped, clipped, unclipped);
+  N dlogprob = greater(clipped, unclipped, from_clipped,
+                       greater(unclipped, clipped, unclipped, half * (unclipped + from_clipped)));
+  if (options.dual_clip != 0) {
+    const N bound = zero - all<N>(options.dual_clip) * advantage;
+    const N bounded = greater(loss, bound, bound, loss);
+    const N dbounded = greater(loss, bound, zero, greater(bound, loss, dlogprob, half * dlogprob));
+    loss = greater(zero, advantage, bounded, loss);
+    dlogprob = greater(zero, advantage, dbounded, dlogprob);
   }
-  if (options.dual_clip != 0 && advantage < 0) {
-    const double bound = -options.dual_clip * advantage;
-    if (loss > bound) loss = bound, dlogprob = 0;
-    else if (loss == bound) dlogprob *= 0.5;
-  }
-  if (outside(difference, -kMaxLogRatio, kMaxLogRatio)) dlogprob = 0;
+  dlogprob = outside(difference, lowest, highest, zero, dlogprob);
 
   if (has_ref && options.kl_coef != 0) {
-    const double d = logprob - ref_logprob;
+    const N d = logprob - ref_logprob, kl_coef = all<N>(options.kl_coef);
     if (options.kl_estimator == 2) {
-      loss += options.kl_coef * 0.5 * d * d;
-      dlogprob += options.kl_coef * d;
+      loss = loss + kl_coef * half * d * d;
+      dlogprob = dlogprob + kl_coef * d;
     } else {
-      const double x = clamp(-d, -kMaxLogRatio, kMaxLogRatio);
-      loss += options.kl_coef * (expm1(x) - x);
-      if (!outside(-d, -kMaxLogRatio, kMaxLogRatio)) dlogprob -= options.kl_coef * expm1(x);
+      const N x = clamp(zero - d, lowest, highest), k3 = exponential_beyond_linear(x);
+      loss = loss + kl_coef * k3;
+      dlogprob = dlogprob - kl_coef * outside(zero - d, lowest, highest, zero, k3 + x);
     }
   }
-  loss -= options.entropy_coef * entropy;
-  return {weight * loss, weight * dlogprob, -weight * options.entropy_coef, ratio, clipped > unclipped,
-          0.5 * log_ratio * log_ratio};
+  const N entropy_coef = all<N>(options.entropy_coef);
+  loss = loss - entropy_coef * entropy;
+  return {weight * loss, weight * dlogprob, zero - weight * entropy_coef, ratio,
+          greater(clipped, unclipped, one, zero), half * log_ratio * log_ratio};
 }
 
 }  // namespace RLHF_FAST_ISA

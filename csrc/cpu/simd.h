@@ -36,6 +36,10 @@ inline Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 // The larger one; b when b is NaN.
 inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+// Lane by lane a > b ? x : y. A comparison with NaN is false.
+inline Floats greater(Floats a, Floats b, Floats x, Floats y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x);
+}
 inline float sum(Floats a) { return _mm512_reduce_add_ps(a); }
 inline float largest(Floats a) { return _mm512_reduce_max_ps(a); }
 // A bit for each lane: whether a >= b.
@@ -78,6 +82,9 @@ inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+inline Floats greater(Floats a, Floats b, Floats x, Floats y) {
+  return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
+}
 inline float sum(Floats a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -129,6 +136,7 @@ inline Floats mul(Floats a, Floats b) { return a * b; }
 inline Floats div(Floats a, Floats b) { return a / b; }
 inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
 inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+inline Floats greater(Floats a, Floats b, Floats x, Floats y) { return a > b ? x : y; }
 inline float sum(Floats a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 inline uint32_t at_least(Floats a, Floats b) {
   uint32_t bits = 0;

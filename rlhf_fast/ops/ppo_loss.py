@@ -8,8 +8,12 @@ from torch import Tensor
 
 from rlhf_fast.config import KLEstimator
 from rlhf_fast.ops import _checks, reference
-from rlhf_fast.ops._dispatch import REFERENCE_ONLY, Backend, choose_backend
+from rlhf_fast.ops._dispatch import Backend, Implementation, choose_backend
+from rlhf_fast.ops._token_losses import compiled, divisor, for_dtype
 from rlhf_fast.ops._types import PPOLoss
+from rlhf_fast.ops.value_loss import value_loss
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("cpp", "reference")
 
 
 def ppo_loss(
@@ -97,16 +101,40 @@ def ppo_loss(
         raise ValueError(f"ppo_loss: values, old_values and returns go together; {' and '.join(missing)} missing")
     _checks.per_token("ppo_loss", mask, **value_arguments)
     _checks.number("ppo_loss", "cliprange_value", cliprange_value, minimum=0.0)
-    choose_backend("ppo_loss", backend, REFERENCE_ONLY, mask.device)
-    return reference.ppo_loss(
+    if values is not None and old_values is not None and returns is not None:
+        value, value_stats = value_loss(
+            values,
+            old_values,
+            returns,
+            mask,
+            cliprange_value=cliprange_value,
+            num_tokens=num_tokens,
+            backend=backend,
+        )
+    else:
+        value, value_stats = None, {}
+    tensors = (logprobs, old_logprobs, advantages, weights, ref_logprobs, entropy)
+    implementation = choose_backend("ppo_loss", for_dtype(backend, *tensors), IMPLEMENTATIONS, mask.device)
+    if implementation == "reference":
+        result = reference.ppo_loss(logprobs, old_logprobs, advantages, mask, entropy=entropy, **policy)
+        return result._replace(value_loss=value, stats=result.stats | value_stats)
+    policy_loss, found = compiled(implementation, "ppo_loss")(
         logprobs,
         old_logprobs,
         advantages,
         mask,
-        entropy=entropy,
-        values=values,
-        old_values=old_values,
-        returns=returns,
-        cliprange_value=cliprange_value,
-        **policy,
+        None if weights is None else weights.expand(mask.shape),
+        ref_logprobs if kl_coef else None,
+        entropy,
+        *divisor(num_tokens),
+        1 - cliprange,
+        1 + (cliprange if cliprange_high is None else cliprange_high),
+        dual_clip or 0.0,
+        kl_coef,
+        int(kl_estimator[1]),
+        entropy_coef,
     )
+    stats = dict(zip(("approx_kl", "clip_fraction", "entropy", "ratio_max"), found.unbind(), strict=True))
+    if entropy is None:
+        del stats["entropy"]
+    return PPOLoss(policy_loss, value, stats | value_stats)

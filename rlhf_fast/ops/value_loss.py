@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from rlhf_fast.ops import _checks, reference
-from rlhf_fast.ops._dispatch import REFERENCE_ONLY, Backend, choose_backend
+from rlhf_fast.ops._dispatch import Backend, Implementation, choose_backend
+from rlhf_fast.ops._token_losses import compiled, divisor, for_dtype
 from rlhf_fast.ops._types import ValueLoss
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("cpp", "reference")
 
 
 def value_loss(
@@ -44,7 +49,19 @@ def value_loss(
     _checks.per_token("value_loss", mask, values=values, old_values=old_values, returns=returns)
     _checks.number("value_loss", "cliprange_value", cliprange_value, minimum=0.0)
     _checks.divisor("value_loss", num_tokens)
-    choose_backend("value_loss", backend, REFERENCE_ONLY, mask.device)
-    return reference.value_loss(
-        values, old_values, returns, mask, cliprange_value=cliprange_value, num_tokens=num_tokens
+    implementation = choose_backend(
+        "value_loss", for_dtype(backend, values, old_values, returns), IMPLEMENTATIONS, mask.device
     )
+    if implementation == "reference":
+        return reference.value_loss(
+            values, old_values, returns, mask, cliprange_value=cliprange_value, num_tokens=num_tokens
+        )
+    loss, clip_fraction = compiled(implementation, "value_loss")(
+        values,
+        old_values,
+        returns,
+        mask,
+        *divisor(num_tokens),
+        math.inf if cliprange_value is None else cliprange_value,
+    )
+    return ValueLoss(loss, {"value_clip_fraction": clip_fraction})
