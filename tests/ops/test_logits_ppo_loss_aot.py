@@ -90,7 +90,7 @@ def test_memory_is_read_and_written_by_16_bytes(
 def test_no_thread_writes_before_all_have_read(
     compiled: dict[str, dict[str, Any]], kernel: str, dtype: str, arch: int
 ) -> None:
-    """A barrier stands between the first pass, where every thread loads the id's logit, and the first write to a row."""
+    """A barrier stands between the first pass, where every thread loads the id's logit, and the first write."""
     ttir = compiled[f"{kernel} {dtype} {arch}"]["ttir"]
     barrier = re.search(r"\b(ttg|gpu)\.barrier\b", ttir)
     write = re.search(r"tt\.store .*tensor<1024x", ttir)
