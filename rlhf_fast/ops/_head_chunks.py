@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -25,6 +24,9 @@ CHUNK_ROWS = {"cpu": 64, "cuda": 512}
 # A half-precision weight is cast on a CPU as it is used, so many elements at a time (4 MB in fp32), again in each
 # chunk: the products take a seventh longer, and a whole copy in fp32 would be a third of the logits of 2048 tokens.
 CAST_ELEMENTS = 2**20
+
+# oneDNN's product makes a tensor of its own, which is copied into the buffer: so many logits at a time (4 MB).
+PRODUCT_ELEMENTS = 2**20
 
 Rows = slice | Tensor  # which of the N rows: Tensor for indices
 
@@ -65,6 +67,7 @@ class HeadChunks:
         half = hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
         self.product_dtype = hidden.dtype if half else self.dtype
         self.x = hidden.new_zeros(CHUNK_ROWS[hidden.device.type], hidden.shape[-1], dtype=self.product_dtype)
+        self.buffer = hidden.new_empty(len(self.x), len(weight), dtype=self.dtype)
         self.grad_hidden, self.grad_weight, self.grad_bias = (
             x.new_zeros(x.shape, dtype=self.dtype) if x is not None and needed else None
             for x, needed in zip((hidden, weight, bias), gradients, strict=True)
@@ -78,7 +81,7 @@ class HeadChunks:
             for start in range(0, count, size):
                 end = min(start + size, count)
                 rows = slice(start, end) if self.index is None else self.index[start:end]
-                self._run(kernel, rows, end - start)  # in a call of its own, whose logits are gone before the next come
+                self._run(kernel, rows, end - start)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of hidden, weight and bias, in fp32 (float64); [0] where none is needed."""
@@ -90,7 +93,8 @@ class HeadChunks:
 
     def _run(self, kernel: RowKernel, rows: Rows, n: int) -> None:
         self.x[:n] = torch.where(self.used[rows, None], self.hidden[rows], 0)
-        logits = self._logits()
+        logits = self.buffer
+        self._multiply()
         if self.cap_scale is not None:
             logits.mul_(self.cap_scale).tanh_()
         with_gradient = any(g is not None for g in (self.grad_hidden, self.grad_weight, self.grad_bias))
@@ -107,16 +111,17 @@ class HeadChunks:
         if self.grad_weight is not None:
             self._add_grad_weight(logits[:n], self.x[:n])
 
-    def _logits(self) -> Tensor:
+    def _multiply(self) -> None:
+        """x @ weight.T + bias, into the buffer."""
         if self.product_dtype != self.dtype:
-            logits = torch.mm(self.x, self.weight.T, out_dtype=self.dtype)
-            return logits if self.bias is None else logits.add_(self.bias)
-        if self.weight.dtype == self.dtype:
-            return linear(self.x, self.weight, self.bias)
-        logits = self.x.new_empty(len(self.x), len(self.weight))
-        for columns, weight in self._cast_weight():
-            logits[:, columns] = linear(self.x, weight, None if self.bias is None else self.bias[columns])
-        return logits
+            torch.mm(self.x, self.weight.T, out_dtype=self.dtype, out=self.buffer)
+        elif self.weight.dtype == self.dtype:
+            product(self.x, self.weight, self.buffer)
+        else:
+            for columns, weight in self._cast_weight():
+                product(self.x, weight, self.buffer[:, columns])
+        if self.bias is not None:
+            self.buffer += self.bias
 
     def _grad_x(self, grad: Tensor) -> Tensor:
         if self._multiplies_bfloat16():
@@ -165,11 +170,15 @@ def used_rows(used: Tensor) -> Tensor | None:
     return used.nonzero()[:, 0]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias. In fp32 on a CPU oneDNN is up to twice as fast as what F.linear calls."""
-    if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+def product(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = x @ weight.T. In fp32 on a CPU oneDNN is up to twice as fast as what torch.mm calls."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        torch.mm(x, weight.T, out=out)
+        return
+    size = max(1, PRODUCT_ELEMENTS // len(x))
+    for start in range(0, len(weight), size):
+        columns = slice(start, start + size)
+        out[:, columns] = torch.ops.mkldnn._linear_pointwise(x, weight[columns], None, "none", [], "")
 
 
 def with_gradients(loss: Tensor, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor]) -> Tensor:

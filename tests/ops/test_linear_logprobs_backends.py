@@ -183,8 +183,13 @@ def test_products_of_other_shapes_have_other_bits() -> None:
     """Why chunks are filled up: without that the test above must be able to fail."""
     normal = Normals(3, torch.float32)
     hidden, weight = normal(64, 96), normal(1111, 96)
-    whole = _head_chunks.linear(hidden, weight, None)
-    assert any(not torch.equal(_head_chunks.linear(hidden[:n], weight, None), whole[:n]) for n in range(1, 64))
+    whole, part = torch.empty(64, 1111), torch.empty(64, 1111)
+    _head_chunks.product(hidden, weight, whole)
+    equal = []
+    for rows in range(1, 64):
+        _head_chunks.product(hidden[:rows], weight, part[:rows])
+        equal.append(torch.equal(part[:rows], whole[:rows]))
+    assert not all(equal)
 
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -232,6 +237,7 @@ def test_autocast_does_not_reach_the_head() -> None:
 def test_logits_are_never_whole(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """2048 rows: what is allocated at once, beyond the gradients, is at most 5% of the logits."""
     monkeypatch.undo()
+    monkeypatch.setattr(_head_chunks, "PRODUCT_ELEMENTS", 64 * 500)  # a part of the vocabulary, as where it is large
     monkeypatch.setattr(_head_chunks, "CAST_ELEMENTS", 500 * 8)
     normal = Normals(0, dtype)
     hidden, weight, ids = normal(2048, 8).requires_grad_(), normal(5003, 8).requires_grad_(), torch.arange(2048)
