@@ -30,11 +30,7 @@ int64_t linear_row(const std::vector<Linear>& layers) {
 }
 
 void linear_side_by_side(const std::vector<Linear>& layers, const float* x, int64_t rows, float* y) {
-  const int64_t stride = linear_row(layers);
-  for (const Linear& layer : layers) {
-    linear(layer, x, rows, layer.in, y, stride);
-    y += layer.out;
-  }
+  linear(layers.data(), int64_t(layers.size()), x, rows, layers[0].in, y, linear_row(layers));
 }
 
 void grow(std::vector<float>& buffer, int64_t size) {

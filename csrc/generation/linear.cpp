@@ -321,31 +321,40 @@ void transposed_outputs(const Weights<T>& w, const Rows& rows, int64_t begin, in
 
 // ---- both -----------------------------------------------------------------------------------------------------------
 
+// Outputs [begin, end) of the layer.
 template <typename T>
-void run(const Linear& layer, const Rows& rows) {
+void some_outputs(const Linear& layer, const Rows& rows, int64_t begin, int64_t end) {
   const Weights<T> w{static_cast<const T*>(layer.weight), layer.out, layer.in, layer.row_stride,
                      static_cast<const T*>(layer.bias)};
-  const auto some = [&](int64_t begin, int64_t end) {
-    layer.transposed ? transposed_outputs(w, rows, begin, end) : outputs(w, rows, begin, end);
-  };
-  if (layer.out * layer.in * rows.count < kWorthThreads) return some(0, layer.out);
-#pragma omp parallel
-  {
+  layer.transposed ? transposed_outputs(w, rows, begin, end) : outputs(w, rows, begin, end);
+}
+
+// One thread's part of the outputs of each layer.
+void share(const Linear* layers, int64_t count, Rows rows, int64_t thread, int64_t threads) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Linear& layer = layers[i];
     const int64_t vectors = quotient_up(layer.out, kWidth);
-    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    some(vectors * thread / threads * kWidth, least(layer.out, vectors * (thread + 1) / threads * kWidth));
+    const int64_t begin = vectors * thread / threads * kWidth;
+    const int64_t end = least(layer.out, vectors * (thread + 1) / threads * kWidth);
+    switch (layer.type) {
+      case WeightType::float32: some_outputs<float>(layer, rows, begin, end); break;
+      case WeightType::bfloat16: some_outputs<bfloat16>(layer, rows, begin, end); break;
+      case WeightType::float16: some_outputs<float16>(layer, rows, begin, end); break;
+    }
+    rows = rows.from(0, layer.out);
   }
 }
 
 }  // namespace
 
-void linear(const Linear& layer, const float* x, int64_t rows, int64_t x_stride, float* y, int64_t y_stride) {
+void linear(const Linear* layers, int64_t count, const float* x, int64_t rows, int64_t x_stride, float* y,
+            int64_t y_stride) {
   const Rows all{x, x_stride, y, y_stride, rows};
-  switch (layer.type) {
-    case WeightType::float32: return run<float>(layer, all);
-    case WeightType::bfloat16: return run<bfloat16>(layer, all);
-    case WeightType::float16: return run<float16>(layer, all);
-  }
+  int64_t products = 0;
+  for (int64_t i = 0; i < count; ++i) products += layers[i].out * layers[i].in * rows;
+  if (products < kWorthThreads) return share(layers, count, all, 0, 1);
+#pragma omp parallel
+  share(layers, count, all, omp_get_thread_num(), omp_get_num_threads());
 }
 
 }  // namespace rlhf_fast::RLHF_FAST_ISA

@@ -25,7 +25,8 @@ struct Linear {
 
 #define RLHF_FAST_DECLARE(isa)                                                                                   \
   namespace isa {                                                                                                \
-  void linear(const Linear& layer, const float* x, int64_t rows, int64_t x_stride, float* y, int64_t y_stride);  \
+  void linear(const Linear* layers, int64_t count, const float* x, int64_t rows, int64_t x_stride, float* y,     \
+              int64_t y_stride);                                                                                 \
   }
 RLHF_FAST_FOR_EACH_ISA(RLHF_FAST_DECLARE)
 #undef RLHF_FAST_DECLARE
@@ -35,7 +36,14 @@ namespace {
 // y[i * y_stride + n], i < rows and n < out, from x[i * x_stride + k], k < in. y must not overlap x. OpenMP's threads
 // share the work: call it outside of a parallel region.
 inline void linear(const Linear& layer, const float* x, int64_t rows, int64_t x_stride, float* y, int64_t y_stride) {
-  RLHF_FAST_KERNEL(isa(), linear)(layer, x, rows, x_stride, y, y_stride);
+  RLHF_FAST_KERNEL(isa(), linear)(&layer, 1, x, rows, x_stride, y, y_stride);
+}
+
+// Layers of the same x, such as queries, keys and values, with their outputs side by side in a row of y. The threads
+// start once for all.
+inline void linear(const Linear* layers, int64_t count, const float* x, int64_t rows, int64_t x_stride, float* y,
+                   int64_t y_stride) {
+  RLHF_FAST_KERNEL(isa(), linear)(layers, count, x, rows, x_stride, y, y_stride);
 }
 
 }  // namespace
