@@ -168,7 +168,7 @@ def test_overrides_may_stand_anywhere_and_the_launcher_adds_its_own(
 def test_a_stopped_stage_ends_the_pipeline(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accumulate = SFTTrainer.accumulate
 
-    def interrupted(trainer: SFTTrainer, rows: Any) -> tuple[float, int]:
+    def interrupted(trainer: SFTTrainer, rows: Any) -> dict[str, float]:
         os.kill(os.getpid(), signal.SIGTERM)
         return accumulate(trainer, rows)
 

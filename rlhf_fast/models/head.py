@@ -12,7 +12,8 @@ from rlhf_fast import ops
 from rlhf_fast.errors import ModelError
 
 # Up to this size the logits of a call are made whole, and where there is a gradient it is written over them. Beyond it
-# the linear ops never hold them: the same three products for a PPO loss, a fourth for log-probs with a gradient.
+# the linear ops never hold them, which saves memory and costs time: their products are of a few rows each, and take
+# half as long again or more.
 LOGITS_BYTES = 256 << 20
 
 
@@ -56,25 +57,31 @@ class LMHead(nn.Module):
         *,
         temperature: float = 1.0,
         ops_backend: ops.Backend = "auto",
-        **ppo_loss: Any,
-    ) -> tuple[Tensor, Tensor] | ops.PPOLoss:
+        **loss: Any,
+    ) -> tuple[Tensor, Tensor] | ops.PPOLoss | ops.CrossEntropyLoss:
         """hidden [N, H], ids [N] int64 -> log-probs [N] and entropies [N] of softmax(logits / temperature).
 
-        With ppo_loss's arguments (old_logprobs [N], advantages [N], mask [N], cliprange, ...): the loss of them.
+        With ppo_loss's arguments (old_logprobs [N], advantages [N], mask [N], cliprange, ...): PPOLoss. With mask [N]
+        and num_tokens alone: CrossEntropyLoss, at temperature 1.
         """
+        ppo = "advantages" in loss
         if hidden.shape[0] * self.weight.shape[0] * compute_dtype(hidden).itemsize > LOGITS_BYTES:
             head: dict[str, Any] = {"bias": self.bias, "softcap": self.softcap, "scale": self.scale}
-            options: dict[str, Any] = {"temperature": temperature, "backend": ops_backend, **head}
-            if ppo_loss:
-                return ops.linear_ppo_loss(hidden, self.weight, ids, **options, **ppo_loss)
-            return ops.linear_logprobs(hidden, self.weight, ids, return_entropy=True, **options)
+            head["backend"] = ops_backend
+            if ppo:
+                return ops.linear_ppo_loss(hidden, self.weight, ids, temperature=temperature, **head, **loss)
+            if loss:
+                return ops.linear_cross_entropy(hidden, self.weight, ids, **head, **loss)
+            return ops.linear_logprobs(hidden, self.weight, ids, temperature=temperature, return_entropy=True, **head)
         logits = F.linear(*self._cast(hidden))
         if self.softcap is None:
             temperature = temperature / self.scale  # no pass over the logits for the scale
         else:
             logits = _softcap(logits * self.scale, self.softcap)
-        if ppo_loss:
-            return ops.logits_ppo_loss(logits, ids, temperature=temperature, backend=ops_backend, **ppo_loss)
+        if ppo:
+            return ops.logits_ppo_loss(logits, ids, temperature=temperature, backend=ops_backend, **loss)
+        if loss:
+            return _cross_entropy(logits, ids, temperature=temperature, ops_backend=ops_backend, **loss)
         return ops.gather_logprobs(
             logits, ids, temperature=temperature, return_entropy=True, inplace_backward=True, backend=ops_backend
         )
@@ -124,6 +131,23 @@ class ValueHead(nn.Linear):
 def scalar_product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = compute_dtype(hidden)
     return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).squeeze(-1)
+
+
+def _cross_entropy(
+    logits: Tensor, ids: Tensor, *, mask: Tensor, num_tokens: int, temperature: float, ops_backend: ops.Backend
+) -> ops.CrossEntropyLoss:
+    """What ops.linear_cross_entropy gives, from logits, which the backward writes over."""
+    logprobs = ops.gather_logprobs(
+        logits,
+        torch.where(mask, ids, -100),
+        temperature=temperature,
+        inplace_backward=True,
+        backend=ops_backend,
+    )
+    chosen = logits.detach().gather(-1, ids[:, None]).squeeze(-1)
+    right = mask & (chosen == logits.detach().amax(-1))
+    stats = {"logprobs": logprobs.detach(), "accuracy": right.sum() / num_tokens}
+    return ops.CrossEntropyLoss(-logprobs.sum() / num_tokens, stats)
 
 
 def _softcap(logits: Tensor, cap: float) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.errors import ModelError
-from rlhf_fast.ops import Backend, PPOLoss
+from rlhf_fast.ops import Backend, CrossEntropyLoss, PPOLoss
 
 from .head import LMHead, ScalarHead, ValueHead, compute_dtype, name_of
 from .loading import VALUE_HEAD, unwrap
@@ -49,18 +49,19 @@ class PolicyModel(nn.Module):
         temperature: float = 1.0,
         position_ids: Tensor | None = None,
         ops_backend: Backend = "auto",
-        **ppo_loss: Any,
-    ) -> tuple[Tensor, Tensor] | PPOLoss:
+        **loss: Any,
+    ) -> tuple[Tensor, Tensor] | PPOLoss | CrossEntropyLoss:
         """Log-probs and entropies [N] (fp32; fp64 for a fp64 model) of `ids` [N].
 
         `rows`, `positions` [N]: the state that predicts each token, so positions is the token's own place minus one.
         Both are of softmax(logits / temperature) over the whole vocabulary, entropy in nats.
 
         With ppo_loss's policy arguments (old_logprobs [N], advantages [N], mask [N], cliprange, ...): the PPOLoss of
-        these log-probs, by ops.linear_ppo_loss. It is made here, where the head's weight is: see ZeRO-3 in LMHead.
+        these log-probs, as from ops.linear_ppo_loss. With mask [N] and num_tokens alone: CrossEntropyLoss, as from
+        ops.linear_cross_entropy. A loss is made here because the head's weight is here: see ZeRO-3 in LMHead.
         """
         hidden = _states(decoder_of(self.model), input_ids, rows, positions, position_ids)
-        return self.head(hidden, ids, temperature=temperature, ops_backend=ops_backend, **ppo_loss)
+        return self.head(hidden, ids, temperature=temperature, ops_backend=ops_backend, **loss)
 
 
 class SharedModel(nn.Module):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from rlhf_fast import ops
 from rlhf_fast.config import SFTConfig
 from rlhf_fast.config_loading import check_config, check_paths
 from rlhf_fast.data import (
@@ -98,35 +98,33 @@ class SFTTrainer:
         for _step in run.steps():
             rows = [self.train_rows[i] for i in self.order.next()]
             with run.timer("train"):
-                loss, num_tokens = self.accumulate(rows)
+                stats = self.accumulate(rows)
                 learning_rate = self.policy.learning_rate
                 result = self.policy.step()
             run.check_finite(result.skipped)
             run.log(
                 {
                     "epoch": self.order.epoch,
-                    "loss": loss,
+                    **stats,
                     "lr": learning_rate,
                     "grad_norm": result.grad_norm,
-                    "num_tokens": num_tokens,
                 }
             )
 
-    def accumulate(self, rows: Sequence[SFTExample | PackedSequence]) -> tuple[float, int]:
-        """Add the gradients of one step's rows; returns the mean loss and the trained tokens of all ranks."""
-        num_tokens = int(all_reduce_sum(sum(sum(row.loss_mask[1:]) for row in rows), self.world))
+    def accumulate(self, rows: Sequence[SFTExample | PackedSequence]) -> Metrics:
+        """Add the gradients of one step's rows; returns means over the trained tokens of all ranks."""
+        num_tokens = self._count(rows)
         batches = micro_batches([len(row.input_ids) for row in rows], self.config.micro_batch_tokens, self.world)
-        total = torch.zeros((), device=self.world.device)
+        shares = []
         for i, batch in enumerate(batches):
             # An empty micro-batch runs row 0 with no weight (see micro_batches).
-            loss = -self.logprobs([rows[j] for j in batch or [0]]).sum() / max(num_tokens, 1)
-            loss = loss if batch else 0.0 * loss
-            self.policy.backward(loss, last=i == len(batches) - 1)
-            total += loss.detach()
-        return float(all_reduce_sum(total, self.world)), num_tokens
+            found = self.loss([rows[j] for j in batch or [0]], num_tokens, used=bool(batch))
+            self.policy.backward(found.loss, last=i == len(batches) - 1)
+            shares.append(found)
+        return {**self._means(shares), "num_tokens": num_tokens}
 
-    def logprobs(self, rows: Sequence[SFTExample | PackedSequence]) -> Tensor:
-        """Log-probs [N] of the trained tokens of some rows."""
+    def loss(self, rows: Sequence[SFTExample | PackedSequence], num_tokens: int, *, used: bool) -> ops.CrossEntropyLoss:
+        """Cross-entropy and accuracy of the trained tokens of some rows, as sums over them divided by num_tokens."""
         device = self.world.device
         input_ids = pad_right([row.input_ids for row in rows], self.tokenizer.pad_token_id, device)
         trained = pad_right([row.loss_mask for row in rows], 0, device).bool()
@@ -135,30 +133,39 @@ class SFTTrainer:
         position_ids = None
         if isinstance(rows[0], PackedSequence):
             position_ids = pad_right([row.position_ids for row in rows], 0, device)  # type: ignore[union-attr]
-        logprobs, _ = self.policy(
+        return self.policy(
             input_ids,
             index,
             position - 1,
             input_ids[index, position],
             position_ids=position_ids,
             ops_backend=self.config.ops_backend,
+            mask=torch.full_like(index, used, dtype=torch.bool),
+            num_tokens=num_tokens,
         )
-        return logprobs
 
     @torch.no_grad()
     def evaluate(self, step: int) -> Metrics:
-        """Mean cross-entropy over the trained tokens of eval_data."""
+        """Mean cross-entropy and accuracy over the trained tokens of eval_data."""
         if not self.eval_rows:
             return {}
         rows = self.eval_rows[self.world.rank :: self.world.world_size]
-        total, count = torch.zeros((), dtype=torch.float64, device=self.world.device), 0
-        for batch in micro_batches([len(row.input_ids) for row in rows], self.config.micro_batch_tokens, self.world):
-            logprobs = self.logprobs([rows[j] for j in batch] or self.eval_rows[:1])
-            if batch:
-                total -= logprobs.sum()
-                count += logprobs.numel()
-        count = int(all_reduce_sum(count, self.world))
-        return {"eval/loss": float(all_reduce_sum(total, self.world)) / max(count, 1)}
+        num_tokens = self._count(rows)
+        batches = micro_batches([len(row.input_ids) for row in rows], self.config.micro_batch_tokens, self.world)
+        shares = [
+            self.loss([rows[j] for j in batch] or self.eval_rows[:1], num_tokens, used=bool(batch)) for batch in batches
+        ]
+        return {f"eval/{name}": value for name, value in self._means(shares).items()}
+
+    def _count(self, rows: Sequence[SFTExample | PackedSequence]) -> int:
+        """Trained tokens of rows on all ranks, at least 1."""
+        return max(int(all_reduce_sum(sum(sum(row.loss_mask[1:]) for row in rows), self.world)), 1)
+
+    def _means(self, shares: Sequence[ops.CrossEntropyLoss]) -> Metrics:
+        """Of all micro-batches on all ranks."""
+        parts = torch.stack([torch.stack([share.loss.detach(), share.stats["accuracy"]]) for share in shares])
+        loss, accuracy = all_reduce_sum(parts.double().sum(0), self.world).tolist()
+        return {"loss": loss, "mean_token_accuracy": accuracy}
 
     def export(self, folder: Path) -> None:
         """Write the model as transformers loads it."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_fast import PPOConfig, PPOTrainer
+from rlhf_fast.models import head
 
 from .conftest import save_letters_model, write_jsonl
 
@@ -59,8 +60,11 @@ def count_a(prompts, completions, **columns):
     return [text.count("a") - 0.1 * len(text) for text in completions]
 
 
-@pytest.mark.parametrize("micro_batch_tokens", [1, 24, 100000])
-def test_gradients_of_a_step_equal_plain_pytorch(micro_batch_tokens: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("micro_batch_tokens", "logits_bytes"), [(1, 2**30), (24, 0), (100000, 2**30)])
+def test_gradients_of_a_step_equal_plain_pytorch(
+    micro_batch_tokens: int, logits_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "LOGITS_BYTES", logits_bytes)
     policy_path = save_letters_model(tmp_path / "policy", seed=1, dtype=torch.float64)
     reference_path = save_letters_model(tmp_path / "reference", seed=2, dtype=torch.float64)
     config = PPOConfig(

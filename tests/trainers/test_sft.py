@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_fast import SFTConfig, SFTTrainer
+from rlhf_fast.models import head
 
 from .conftest import read_metrics, write_jsonl
 
@@ -30,26 +31,37 @@ def train(model: Path, folder: Path, **fields: object) -> list[dict[str, float]]
     return read_metrics(folder / "run")
 
 
-def plain_loss(model: Path, rows: list[dict[str, str]]) -> float:
+def plain_loss(model: Path, rows: list[dict[str, str]]) -> tuple[float, float]:
+    """Mean cross-entropy of the completions' tokens, and the share of them that are the model's first guess."""
     tokenizer, policy = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
-    total, count = 0.0, 0
+    total, right, count = 0.0, 0, 0
     for row in rows:
         prompt, completion = (tokenizer(row[name], add_special_tokens=False).input_ids for name in row)
         ids = torch.tensor([*prompt, *completion, tokenizer.eos_token_id])
         with torch.no_grad():
             logits = policy(ids[None]).logits[0, len(prompt) - 1 : -1]
         total += float(F.cross_entropy(logits, ids[len(prompt) :], reduction="sum"))
+        right += int((logits.argmax(-1) == ids[len(prompt) :]).sum())
         count += len(ids) - len(prompt)
-    return total / count
+    return total / count, right / count
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["logits kept", "logits never whole"])
 @pytest.mark.parametrize("fields", [{}, {"micro_batch_tokens": 1}, {"ops_backend": "reference"}, {"zero_stage": 2}])
-def test_loss_is_the_mean_cross_entropy_of_completions(fields: dict, letters_model: Path, tmp_path: Path) -> None:
-    (row,) = train(letters_model, tmp_path, **fields)
-    assert row["loss"] == pytest.approx(plain_loss(letters_model, ROWS), rel=1e-5)
-    assert row["eval_before/loss"] == pytest.approx(plain_loss(letters_model, ROWS[::5]), rel=1e-5)
+def test_loss_is_the_mean_cross_entropy_of_completions(
+    fields: dict, kept: bool, letters_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "LOGITS_BYTES", 2**30 if kept else 0)
+    (row,) = train(letters_model, tmp_path, learning_rate=1e-2, **fields)
     # The model of final/ is the trained one: its loss is what the last evaluation saw.
-    assert row["eval/loss"] == pytest.approx(plain_loss(tmp_path / "run" / "final", ROWS[::5]), rel=1e-5)
+    for prefix, folder, rows in (
+        ("", letters_model, ROWS),
+        ("eval_before/", letters_model, ROWS[::5]),
+        ("eval/", tmp_path / "run" / "final", ROWS[::5]),
+    ):
+        loss, accuracy = plain_loss(folder, rows)
+        assert row[f"{prefix}loss"] == pytest.approx(loss, rel=1e-5)
+        assert row[f"{prefix}mean_token_accuracy"] == pytest.approx(accuracy, rel=1e-5)
 
 
 def test_packing_changes_neither_loss_nor_gradient(letters_model: Path, tmp_path: Path) -> None:
