@@ -20,7 +20,7 @@ struct PPO {
   TokenLoss<6> operator()(int64_t row, double weight, double logprob, double entropy, bool /*is_largest*/) const {
     const bool has_ref = args.ref_logprobs != nullptr;
     const PPOToken<double> token = ppo_token(logprob, args.old_logprobs[row], args.advantages[row], weight, has_ref,
-                                     has_ref ? args.ref_logprobs[row] : 0.0, entropy, args.options);
+                                             has_ref ? args.ref_logprobs[row] : 0.0, entropy, args.options);
     return {token.dlogprob,
             token.dentropy,
             {logprob, token.loss, token.approx_kl, token.clipped, entropy, token.ratio}};

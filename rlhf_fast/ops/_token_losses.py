@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops._dispatch import Backend, Implementation, load_compiled_ops
+from rlhf_fast.ops._dispatch import Backend
 
 
 def for_dtype(backend: Backend, *tensors: Tensor | None) -> Backend:
@@ -22,10 +19,3 @@ def divisor(num_tokens: int | float | Tensor | None) -> tuple[Tensor | None, flo
     if isinstance(num_tokens, Tensor):
         return num_tokens.detach(), None
     return None, None if num_tokens is None else float(num_tokens)
-
-
-def compiled(implementation: Implementation, op: str) -> Callable[..., Any]:
-    """The operator of that name, differentiable."""
-    assert implementation == "cpp"
-    load_compiled_ops()
-    return getattr(torch.ops.rlhf_fast, op)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlhf_fast.config import KLEstimator
 from rlhf_fast.ops import _checks, reference
-from rlhf_fast.ops._dispatch import Backend, Implementation, choose_backend
-from rlhf_fast.ops._token_losses import compiled, divisor, for_dtype
+from rlhf_fast.ops._dispatch import Backend, Implementation, choose_backend, load_compiled_ops
+from rlhf_fast.ops._token_losses import divisor, for_dtype
 from rlhf_fast.ops._types import PPOLoss
 from rlhf_fast.ops.value_loss import value_loss
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("cpp", "reference")
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("triton", "cpp", "reference")
 
 
 def ppo_loss(
@@ -118,7 +120,7 @@ def ppo_loss(
     if implementation == "reference":
         result = reference.ppo_loss(logprobs, old_logprobs, advantages, mask, entropy=entropy, **policy)
         return result._replace(value_loss=value, stats=result.stats | value_stats)
-    policy_loss, found = compiled(implementation, "ppo_loss")(
+    policy_loss, found = _compiled(implementation)(
         logprobs,
         old_logprobs,
         advantages,
@@ -138,3 +140,12 @@ def ppo_loss(
     if entropy is None:
         del stats["entropy"]
     return PPOLoss(policy_loss, value, stats | value_stats)
+
+
+def _compiled(implementation: Implementation) -> Callable[..., tuple[Tensor, Tensor]]:
+    if implementation == "cpp":
+        load_compiled_ops()
+        return torch.ops.rlhf_fast.ppo_loss
+    from rlhf_fast.kernels import ppo_loss as kernel  # not at the top: a machine may have no Triton
+
+    return kernel.ppo_loss

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _checks, reference
-from rlhf_fast.ops._dispatch import Backend, Implementation, choose_backend
-from rlhf_fast.ops._token_losses import compiled, divisor, for_dtype
+from rlhf_fast.ops._dispatch import Backend, Implementation, choose_backend, load_compiled_ops
+from rlhf_fast.ops._token_losses import divisor, for_dtype
 from rlhf_fast.ops._types import ValueLoss
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("cpp", "reference")
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("triton", "cpp", "reference")
 
 
 def value_loss(
@@ -56,7 +58,7 @@ def value_loss(
         return reference.value_loss(
             values, old_values, returns, mask, cliprange_value=cliprange_value, num_tokens=num_tokens
         )
-    loss, clip_fraction = compiled(implementation, "value_loss")(
+    loss, clip_fraction = _compiled(implementation)(
         values,
         old_values,
         returns,
@@ -65,3 +67,12 @@ def value_loss(
         math.inf if cliprange_value is None else cliprange_value,
     )
     return ValueLoss(loss, {"value_clip_fraction": clip_fraction})
+
+
+def _compiled(implementation: Implementation) -> Callable[..., tuple[Tensor, Tensor]]:
+    if implementation == "cpp":
+        load_compiled_ops()
+        return torch.ops.rlhf_fast.value_loss
+    from rlhf_fast.kernels import value_loss as kernel  # not at the top: a machine may have no Triton
+
+    return kernel.value_loss

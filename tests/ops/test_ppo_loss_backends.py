@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from rlhf_fast.ops import Backend
 from rlhf_fast.ops._dispatch import load_compiled_ops
 from tests.ops.op_cases import Normals, assert_zero_outside, close, poison, seeds
 
-BACKENDS: list[Backend] = ["cpp"]
+BACKENDS: list[Backend] = ["cpp", "triton"]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -175,8 +176,11 @@ def test_opcheck(backend: Backend) -> None:
     given = {name: x if name in ("logprobs", "mask") else x.nan_to_num() for name, x in given.items()}
     order = ("logprobs", "old_logprobs", "advantages", "mask", "weights", "ref_logprobs", "entropy")
     namespace = torch.ops.rlhf_fast
+    numbers: tuple[Any, ...] = (None, 12.0, 0.8, 1.2, 0.0, 0.1, 3, 0.01)
+    if backend == "triton":
+        importlib.import_module("rlhf_fast.kernels.ppo_loss")
+        numbers += (True, False)
     op = namespace.ppo_loss if backend == "cpp" else namespace.ppo_loss_triton
-    numbers = (None, 12.0, 0.8, 1.2, 0.0, 0.1, 3, 0.01)
     torch.library.opcheck(op.default, (*(given[name] for name in order), *numbers))
 
 
