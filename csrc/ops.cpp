@@ -8,9 +8,12 @@
 #include <thread>
 
 #include "ops/common.h"
+#include "ops/gae.h"
 #include "ops/gather_logprobs.h"
 #include "ops/logits_ppo_loss.h"
+#include "ops/masked_whiten.h"
 #include "ops/ppo_loss.h"
+#include "ops/shaped_gae.h"
 #include "ops/value_loss.h"
 
 namespace rlhf_fast {
@@ -36,23 +39,32 @@ int64_t num_threads() {
 TORCH_LIBRARY(rlhf_fast, m) {
   m.def("instruction_set() -> str", &instruction_set);
   m.def("num_threads() -> int", &num_threads);
+  define_gae(m);
   define_gather_logprobs(m);
   define_logits_ppo_loss(m);
+  define_masked_whiten(m);
   define_ppo_loss(m);
+  define_shaped_gae(m);
   define_value_loss(m);
 }
 
 TORCH_LIBRARY_IMPL(rlhf_fast, CPU, m) {
+  implement_gae_cpu(m);
   implement_gather_logprobs_cpu(m);
   implement_logits_ppo_loss_cpu(m);
+  implement_masked_whiten_cpu(m);
   implement_ppo_loss_cpu(m);
+  implement_shaped_gae_cpu(m);
   implement_value_loss_cpu(m);
 }
 
 TORCH_LIBRARY_IMPL(rlhf_fast, Meta, m) {
+  implement_gae_meta(m);
   implement_gather_logprobs_meta(m);
   implement_logits_ppo_loss_meta(m);
+  implement_masked_whiten_meta(m);
   implement_ppo_loss_meta(m);
+  implement_shaped_gae_meta(m);
   implement_value_loss_meta(m);
 }
 

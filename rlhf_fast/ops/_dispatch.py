@@ -6,6 +6,7 @@ import os
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from rlhf_fast.build import load_ops
 
@@ -37,6 +38,28 @@ def choose_backend(
     if backend == "cpp" and device.type == "cuda":
         raise ValueError(f"{op}: backend 'cpp' is for tensors on a CPU; these are on {device}")
     return backend
+
+
+def choose_backend_without_gradient(
+    op: str, backend: Backend, device: torch.device, **inputs: Tensor | None
+) -> Implementation:
+    """As choose_backend, for an op that has all implementations but a gradient only in the reference.
+
+    "auto" takes the reference when an input wants a gradient, and for float64 on a GPU: the Triton kernels compute in
+    float32. ValueError for "cpp" and "triton" when an input wants a gradient.
+    """
+    if backend == "auto" and device.type == "cuda":
+        backend = "reference" if any(x is not None and x.dtype == torch.float64 for x in inputs.values()) else "auto"
+    implementation = choose_backend(op, backend, ("triton", "cpp", "reference"), device)
+    wanting = [name for name, x in inputs.items() if x is not None and x.requires_grad]
+    if implementation == "reference" or not wanting or not torch.is_grad_enabled():
+        return implementation
+    if backend == "auto":
+        return "reference"
+    raise ValueError(
+        f"{op}: backend {backend!r} has no gradient, and {wanting[0]} requires one; "
+        f"use {wanting[0]}.detach(), torch.no_grad() or backend 'reference'"
+    )
 
 
 @torch.compiler.assume_constant_result

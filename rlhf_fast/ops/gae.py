@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _checks, reference
-from rlhf_fast.ops._dispatch import REFERENCE_ONLY, Backend, choose_backend
+from rlhf_fast.ops._dispatch import Backend, Implementation, choose_backend_without_gradient, load_compiled_ops
 
 
 def gae(
@@ -47,5 +50,18 @@ def gae(
     _checks.per_row("gae", mask, last_values=last_values)
     _checks.number("gae", "gamma", gamma, minimum=0.0, maximum=1.0)
     _checks.number("gae", "lam", lam, minimum=0.0, maximum=1.0)
-    choose_backend("gae", backend, REFERENCE_ONLY, mask.device)
+    implementation = choose_backend_without_gradient(
+        "gae", backend, mask.device, rewards=rewards, values=values, last_values=last_values
+    )
+    if implementation != "reference":
+        return _compiled(implementation)(rewards, values, mask, gamma, lam, last_values)
     return reference.gae(rewards, values, mask, gamma=gamma, lam=lam, last_values=last_values)
+
+
+def _compiled(implementation: Implementation) -> Callable[..., tuple[Tensor, Tensor]]:
+    if implementation == "cpp":
+        load_compiled_ops()
+        return torch.ops.rlhf_fast.gae
+    from rlhf_fast.kernels import gae as kernel  # not at the top: a machine may have no Triton
+
+    return kernel.gae

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_fast.ops import _checks, reference
-from rlhf_fast.ops._dispatch import REFERENCE_ONLY, Backend, choose_backend
+from rlhf_fast.ops._dispatch import Backend, Implementation, choose_backend_without_gradient, load_compiled_ops
+from rlhf_fast.ops.reference.masked_whiten import merge_moments
 
 
 def masked_whiten(
@@ -43,5 +47,20 @@ def masked_whiten(
     _checks.number("masked_whiten", "eps", eps, minimum=0.0)
     if group is not None and x.requires_grad:
         raise ValueError("masked_whiten: x must not require a gradient when a group is given; use x.detach()")
-    choose_backend("masked_whiten", backend, REFERENCE_ONLY, mask.device)
+    implementation = choose_backend_without_gradient("masked_whiten", backend, mask.device, x=x)
+    if implementation != "reference":
+        local_moments, normalise = _compiled(implementation)
+        moments = local_moments(x, mask)
+        if group is not None:
+            moments = torch.stack(merge_moments(*moments.unbind(), group))
+        return normalise(x, mask, moments, shift_mean, eps)
     return reference.masked_whiten(x, mask, group=group, shift_mean=shift_mean, eps=eps)
+
+
+def _compiled(implementation: Implementation) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    if implementation == "cpp":
+        load_compiled_ops()
+        return torch.ops.rlhf_fast._masked_moments, torch.ops.rlhf_fast._masked_normalise
+    from rlhf_fast.kernels import masked_whiten as kernel  # not at the top: a machine may have no Triton
+
+    return kernel.masked_moments, kernel.masked_normalise

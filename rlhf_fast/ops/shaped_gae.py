@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
+from typing import get_args
 
+import torch
 from torch import Tensor
 
 from rlhf_fast.config import KLEstimator
 from rlhf_fast.ops import _checks, reference
-from rlhf_fast.ops._dispatch import REFERENCE_ONLY, Backend, choose_backend
+from rlhf_fast.ops._dispatch import Backend, Implementation, choose_backend_without_gradient, load_compiled_ops
 
 
 def shaped_gae(
@@ -65,7 +68,30 @@ def shaped_gae(
         raise ValueError(f"shaped_gae: kl_coef {kl_coef:g} needs ref_logprobs, which is None")
     if kl_coef and kl_estimator != "k1":
         _warn_biased(kl_estimator)
-    choose_backend("shaped_gae", backend, REFERENCE_ONLY, mask.device)
+    implementation = choose_backend_without_gradient(
+        "shaped_gae",
+        backend,
+        mask.device,
+        scores=scores,
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        values=values,
+        last_values=last_values,
+    )
+    if implementation != "reference":
+        return _compiled(implementation)(
+            scores,
+            logprobs,
+            ref_logprobs,
+            values,
+            mask,
+            kl_coef,
+            get_args(KLEstimator).index(kl_estimator) + 1,
+            gamma,
+            lam,
+            clip_score,
+            last_values,
+        )
     return reference.shaped_gae(
         scores,
         logprobs,
@@ -79,6 +105,15 @@ def shaped_gae(
         clip_score=clip_score,
         last_values=last_values,
     )
+
+
+def _compiled(implementation: Implementation) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    if implementation == "cpp":
+        load_compiled_ops()
+        return torch.ops.rlhf_fast.shaped_gae
+    from rlhf_fast.kernels import shaped_gae as kernel  # not at the top: a machine may have no Triton
+
+    return kernel.shaped_gae
 
 
 @functools.cache

@@ -22,7 +22,7 @@ def masked_whiten(
     x = inside(mask, x, dtype)
     count, mean, squares = _moments(x, mask)
     if group is not None:
-        count, mean, squares = _merge(count, mean, squares, group)
+        count, mean, squares = merge_moments(count, mean, squares, group)
     whitened = (x - mean) * torch.rsqrt(squares / count.clamp(min=1) + eps)
     return inside(mask, whitened if shift_mean else whitened + mean, dtype)
 
@@ -34,8 +34,10 @@ def _moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return count, mean, inside(mask, x - mean, x.dtype).square().sum()
 
 
-def _merge(count: Tensor, mean: Tensor, squares: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """The same over all ranks (Chan, Golub and LeVeque 1983): the mean is never squared, so nothing cancels."""
+def merge_moments(
+    count: Tensor, mean: Tensor, squares: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same moments over all ranks (Chan, Golub and LeVeque 1983): the mean is never squared, so nothing cancels."""
     mine = torch.stack([count, mean, squares])
     ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(ranks, mine, group=group)
