@@ -43,15 +43,17 @@ def _kernel(
     state = tl.zeros([], tl.float32)
     if last_values is not None:
         state = gamma * tl.load(last_values + row).to(tl.float32)
-    for first in range((columns - 1) // BLOCK * BLOCK, -1, -BLOCK):
+    blocks = tl.cdiv(columns, BLOCK)
+    for block in range(0, blocks):
         place = tl.arange(0, BLOCK)
-        column = first + place
-        inside = tl.load(mask + column, mask=column < columns, other=0) != 0
-        r = tl.load(rewards + column, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(values + column, mask=inside, other=0.0).to(tl.float32)
+        column = (blocks - 1 - block) * BLOCK + place
+        there = column < row_start(1, columns, ALIGNED, VECTOR)
+        inside = tl.load(mask + column, mask=there, other=0) != 0
+        r = tl.where(inside, tl.load(rewards + column, mask=there, other=0.0).to(tl.float32), 0.0)
+        v = tl.where(inside, tl.load(values + column, mask=there, other=0.0).to(tl.float32), 0.0)
         a, state = scan_block(r, v, inside, place == 0, state, gamma, decay)
-        tl.store(advantages + out + column, a, mask=column < columns)
-        tl.store(returns + out + column, a + v, mask=column < columns)
+        tl.store(advantages + out + column, a, mask=there)
+        tl.store(returns + out + column, a + v, mask=there)
 
 
 @torch.library.custom_op("rlhf_fast::gae_triton", mutates_args=())

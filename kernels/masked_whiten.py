@@ -48,9 +48,7 @@ def _partial_moments_kernel(partials, x, mask, size, part_size, BLOCK: tl.conste
         rest = tl.sum(deviation, axis=0)
         block_squares = tl.sum(deviation * deviation, axis=0) - rest * (rest / divisor)
         block_mean = rough.to(tl.float64) + (rest / divisor).to(tl.float64)
-        count, mean, squares = _merge(
-            count, mean, squares, n.to(tl.float64), block_mean, block_squares.to(tl.float64)
-        )
+        count, mean, squares = _merge(count, mean, squares, n.to(tl.float64), block_mean, block_squares.to(tl.float64))
     tl.store(partials + 3 * part, count)
     tl.store(partials + 3 * part + 1, mean)
     tl.store(partials + 3 * part + 2, squares)

@@ -30,14 +30,12 @@ def _expm1_less(x):
 
 @triton.jit
 def _kl(difference, ESTIMATOR: tl.constexpr):
-    if ESTIMATOR == 1:
-        return difference
-    elif ESTIMATOR == 2:
-        return 0.5 * difference * difference
-    else:
-        # minimum and maximum would drop a NaN
-        x = tl.where(difference > 20.0, -20.0, tl.where(difference < -20.0, 20.0, -difference))
-        return _expm1_less(x)
+    kl = difference
+    if ESTIMATOR == 2:
+        kl = 0.5 * difference * difference
+    if ESTIMATOR == 3:  # minimum and maximum would drop a NaN
+        kl = _expm1_less(tl.where(difference > 20.0, -20.0, tl.where(difference < -20.0, 20.0, -difference)))
+    return kl
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -78,22 +76,24 @@ def _kernel(
     if last_values is not None:
         state = gamma * tl.load(last_values + row).to(tl.float32)
     scored = False
-    for first in range((columns - 1) // BLOCK * BLOCK, -1, -BLOCK):
+    blocks = tl.cdiv(columns, BLOCK)
+    for block in range(0, blocks):
         place = tl.arange(0, BLOCK)
-        column = first + place
-        inside = tl.load(mask + column, mask=column < columns, other=0) != 0
-        v = tl.load(values + column, mask=inside, other=0.0).to(tl.float32)
+        column = (blocks - 1 - block) * BLOCK + place
+        there = column < row_start(1, columns, ALIGNED, VECTOR)
+        inside = tl.load(mask + column, mask=there, other=0) != 0
+        v = tl.where(inside, tl.load(values + column, mask=there, other=0.0).to(tl.float32), 0.0)
         last = tl.max(tl.where(inside, place, -1), axis=0)
         r = tl.where((place == last) & (not scored), score, 0.0).to(tl.float32)
         scored = scored | (last >= 0)
         if ref_logprobs is not None:
-            p = tl.load(logprobs + column, mask=inside, other=0.0).to(tl.float32)
-            q = tl.load(ref_logprobs + column, mask=inside, other=0.0).to(tl.float32)
+            p = tl.where(inside, tl.load(logprobs + column, mask=there, other=0.0).to(tl.float32), 0.0)
+            q = tl.where(inside, tl.load(ref_logprobs + column, mask=there, other=0.0).to(tl.float32), 0.0)
             r = tl.where(inside, r - kl_coef * _kl(p - q, ESTIMATOR), 0.0).to(tl.float32)
         a, state = scan_block(r, v, inside, place == 0, state, gamma, decay)
-        tl.store(rewards + out + column, r, mask=column < columns)
-        tl.store(advantages + out + column, a, mask=column < columns)
-        tl.store(returns + out + column, a + v, mask=column < columns)
+        tl.store(rewards + out + column, r, mask=there)
+        tl.store(advantages + out + column, a, mask=there)
+        tl.store(returns + out + column, a + v, mask=there)
 
 
 @torch.library.custom_op("rlhf_fast::shaped_gae_triton", mutates_args=())

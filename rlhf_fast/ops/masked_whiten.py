@@ -52,7 +52,8 @@ def masked_whiten(
         local_moments, normalise = _compiled(implementation)
         moments = local_moments(x, mask)
         if group is not None:
-            moments = torch.stack(merge_moments(*moments.unbind(), group))
+            count, mean, squares = moments.unbind()
+            moments = torch.stack(merge_moments(count, mean, squares, group))
         return normalise(x, mask, moments, shift_mean, eps)
     return reference.masked_whiten(x, mask, group=group, shift_mean=shift_mean, eps=eps)
 

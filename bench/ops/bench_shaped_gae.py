@@ -1,0 +1,86 @@
+"""KL shaping, score, advantages and returns of a rollout: 256 rows of 1,024 tokens, float32, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_fast import ops
+
+ROWS, COLUMNS = 256, 1024
+BYTES = ROWS * COLUMNS * (4 * 3 + 1 + 4 * 3)  # log-probs, reference, values, mask; advantages, returns, rewards
+KL_COEF, GAMMA, LAM = 0.1, 1.0, 0.95
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def shaped(scores: Tensor, logprobs: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
+    rewards = -KL_COEF * (logprobs - ref) * mask
+    last = mask.long().cumsum(1).argmax(1)
+    rewards[torch.arange(mask.shape[0]), last] += scores
+    return rewards
+
+
+def python_loop(scores: Tensor, logprobs: Tensor, ref: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """DeepSpeed-Chat's and TRL's way: a column at a time from the right, in Python."""
+    rewards, last, columns = shaped(scores, logprobs, ref, mask), torch.zeros(mask.shape[0]), []
+    for t in reversed(range(mask.shape[1])):
+        following = values[:, t + 1] if t + 1 < mask.shape[1] else 0.0
+        last = rewards[:, t] + GAMMA * following - values[:, t] + GAMMA * LAM * last
+        columns.append(last)
+    advantages = torch.stack(columns[::-1], dim=1)
+    return advantages, advantages + values, rewards
+
+
+def doubling(scores: Tensor, logprobs: Tensor, ref: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """torch eager without a loop over columns: runs of 1, 2, 4, ... tokens are joined."""
+    rewards = shaped(scores, logprobs, ref, mask)
+    advantages = rewards - values
+    advantages[:, :-1] += GAMMA * values[:, 1:]
+    span = 1
+    while span < mask.shape[1]:
+        longer = advantages.clone()
+        longer[:, :-span] += (GAMMA * LAM) ** span * advantages[:, span:]
+        advantages, span = longer, 2 * span
+    return advantages, advantages + values, rewards
+
+
+def ours(scores: Tensor, logprobs: Tensor, ref: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    return ops.shaped_gae(scores, logprobs, ref, values, mask, kl_coef=KL_COEF, gamma=GAMMA, lam=LAM)
+
+
+def floor(scores: Tensor, logprobs: Tensor, ref: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    mask.clone()
+    return logprobs.clone(), ref.clone(), values.clone()
+
+
+RUNS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "rlhf_fast": ours,
+    "Python loop of DeepSpeed-Chat and TRL": python_loop,
+    "torch eager by doubling": doubling,
+    "floor: copies of the same bytes": floor,
+}
+
+
+def inputs() -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    logprobs, ref, values = (torch.randn(ROWS, COLUMNS, generator=generator) for _ in range(3))
+    mask = torch.ones(ROWS, COLUMNS, dtype=torch.bool)
+    return torch.randn(ROWS, generator=generator), logprobs, ref, values, mask
+
+
+@pytest.mark.benchmark(group=f"shaped_gae, {ROWS}x{COLUMNS} float32")
+@pytest.mark.parametrize("name", RUNS)
+def test_shaped_gae(benchmark: Any, name: str) -> None:
+    given = inputs()
+    benchmark.extra_info["bytes"] = BYTES
+    found = benchmark.pedantic(RUNS[name], given, rounds=30, warmup_rounds=3)
+    if not name.startswith("floor"):
+        scores, logprobs, ref, values, mask = given
+        exact = python_loop(scores.double(), logprobs.double(), ref.double(), values.double(), mask)
+        for actual, expected in zip(found, exact, strict=True):
+            torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)

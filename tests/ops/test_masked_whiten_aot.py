@@ -1,0 +1,16 @@
+"""masked_whiten's Triton kernels compiled for A100, H100 and B200 without one: what the compiler made of them."""
+
+from __future__ import annotations
+
+from tests.ops.scan_aot import ARCHITECTURES, KERNELS, facts_of
+
+
+def test_kernels() -> None:
+    """No spills, little shared memory."""
+    facts = facts_of("masked_whiten")
+    for kernel in KERNELS["masked_whiten"]:
+        for arch in ARCHITECTURES:
+            found = facts[f"{kernel} {arch}"]
+            assert found["STACK"] == found["LOCAL"] == 0
+            assert found["REG"] <= 128
+            assert found["shared"] <= 16 * 1024
