@@ -42,11 +42,11 @@ const T* row_of(const RowsOf& rows, int64_t row) {
 }
 
 template <typename R>
-struct LanesOf {
+struct RowLanes {
   using type = Floats;
 };
 template <>
-struct LanesOf<double> {
+struct RowLanes<double> {
   using type = Doubles;
 };
 
@@ -63,8 +63,8 @@ struct Tile {
 // The lanes' state, of the next masked token to the right.
 template <typename R>
 struct Next {
-  typename LanesOf<R>::type value{};
-  typename LanesOf<R>::type advantage{};
+  typename RowLanes<R>::type value{};
+  typename RowLanes<R>::type advantage{};
 };
 
 // out[t] = f(t) where the mask is True, else 0.
@@ -76,16 +76,16 @@ inline void fill_masked(const uint8_t* __restrict mask, R* __restrict out, int64
 // The tile's columns from the right, `count` of them, a multiple of 4: rewards become advantages, 0 outside the mask.
 template <typename R>
 inline void scan_tile(Tile<R>& tile, int64_t count, R gamma, R decay, Next<R>& next) {
-  using Lanes = typename LanesOf<R>::type;
-  const Lanes zero{};
+  using Vector = typename RowLanes<R>::type;
+  const Vector zero{};
   for (int64_t t = count - 4; t >= 0; t -= 4) {
-    Lanes rewards[4], values[4], mask[4];
+    Vector rewards[4], values[4], mask[4];
     load_columns(&tile.rewards[0][t], kTileRow, rewards);
     load_columns(&tile.values[0][t], kTileRow, values);
     load_columns(&tile.mask[0][t], kTileRow, mask);
     for (int c = 3; c >= 0; --c) {
-      const Lanes delta = rewards[c] + gamma * next.value - values[c];
-      const Lanes advantage = delta + decay * next.advantage;
+      const Vector delta = rewards[c] + gamma * next.value - values[c];
+      const Vector advantage = delta + decay * next.advantage;
       next.advantage = mask[c] != zero ? advantage : next.advantage;
       next.value = mask[c] != zero ? values[c] : next.value;
       rewards[c] = mask[c] != zero ? advantage : zero;
