@@ -142,6 +142,8 @@ def set_gradient_checkpointing(model: nn.Module, on: bool) -> None:
         raise ModelError(
             f"{name_of(inner)}: {type(inner).__name__} has no gradient checkpointing; set gradient_checkpointing=false."
         ) from error
+    # A hook for the reentrant kind alone, which needs inputs with a gradient. The C++ decoder refuses hooked models.
+    inner.disable_input_require_grads()
 
 
 @torch.no_grad()
