@@ -55,7 +55,9 @@ void score_pages(const Attention& a, const Block& block, char* const* pages, flo
       for (int v = 0; v < kVectors; ++v) store(scores + q * stride + p * kPageTokens + v * kWidth, sums[q][p][v]);
 }
 
-// Scores -> exp(score - largest), 0 where the query does not look; returns their sum.
+// Scores -> exp(score - largest), 0 where the query does not look; returns their sum. In half precision the weights are
+// rounded and their sum is not, as in PyTorch's scaled_dot_product_attention and in flash attention.
+template <typename T>
 float weigh(const Attention& a, float* scores, int64_t first, int64_t count, int64_t position) {
   const int64_t seen = a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
   Floats largest_score = splat(-HUGE_VALF);
@@ -75,7 +77,7 @@ float weigh(const Attention& a, float* scores, int64_t first, int64_t count, int
   for (int64_t j = 0; j < count; j += kPageTokens)
     for (int v = 0; v < kVectors; ++v) {
       const Floats weight = exp_negative(sub(load(scores + j + v * kWidth), most));
-      store(scores + j + v * kWidth, weight);
+      store(scores + j + v * kWidth, rounded<T>(weight));
       sums[v] = add(sums[v], weight);
     }
   for (int v = 1; v < kVectors; ++v) sums[0] = add(sums[0], sums[v]);
@@ -124,7 +126,7 @@ void attend_block(const Attention& a, const Block& block, float* scratch) {
     score_pages<Q, 1, T>(a, block, a.pages + page, scores + page * kPageTokens - first, count);
   }
   float factor[Q];
-  for (int q = 0; q < Q; ++q) factor[q] = 1.0f / weigh(a, scores + q * count, first, count, block.position[q]);
+  for (int q = 0; q < Q; ++q) factor[q] = 1.0f / weigh<T>(a, scores + q * count, first, count, block.position[q]);
 
   constexpr int kAtOnce = 8 / Q;
   int64_t i = 0;

@@ -82,7 +82,7 @@ class Loop {
   }
 
  private:
-  // ---- which tokens the next pass takes -----------------------------------------------------------------------------
+  // ---- which tokens the next pass takes ---------------------------------------------------------------------------
 
   void plan() {
     spans_.clear();
@@ -174,7 +174,7 @@ class Loop {
     row.cached = 0;
   }
 
-  // ---- what comes of the pass ----------------------------------------------------------------------------------------
+  // ---- what comes of the pass ---------------------------------------------------------------------------------------
 
   // A row that gets a token, and which one of the pass it comes after.
   struct Next {

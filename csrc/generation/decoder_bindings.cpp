@@ -74,10 +74,10 @@ void bind_model(py::module_& m) {
       .value("gelu_tanh", Activation::gelu_tanh);
 
   py::class_<Norm>(m, "Norm")
-      .def(py::init([](Norm::Kind kind, uintptr_t weight, uintptr_t bias, float epsilon) {
-             return Norm{kind, pointer<const float>(weight), pointer<const float>(bias), epsilon};
+      .def(py::init([](Norm::Kind kind, uintptr_t weight, uintptr_t bias, float epsilon, bool round_before_weight) {
+             return Norm{kind, pointer<const float>(weight), pointer<const float>(bias), epsilon, round_before_weight};
            }),
-           "kind"_a = Norm::Kind::none, "weight"_a = 0, "bias"_a = 0, "epsilon"_a = 0);
+           "kind"_a, "weight"_a, "bias"_a, "epsilon"_a, "round_before_weight"_a);
   py::class_<Rotary>(m, "Rotary")
       .def(py::init([](uintptr_t cos, uintptr_t sin, int64_t size, bool interleaved) {
              return Rotary{pointer<const float>(cos), pointer<const float>(sin), size, interleaved};
@@ -140,7 +140,7 @@ void bind_model(py::module_& m) {
       .def_readwrite("head", &Model::head)
       .def_readwrite("logit_scale", &Model::logit_scale)
       .def_readwrite("logit_cap", &Model::logit_cap)
-      .def_readwrite("cache_type", &Model::cache_type);
+      .def_readwrite("type", &Model::type);
 }
 
 }  // namespace

@@ -84,15 +84,19 @@ void Forward::embed(const std::vector<Span>& spans) {
   float* x = direct ? hidden_.data() : normed_.data();
   for (const Span& span : spans) {
     for (int64_t i = 0; i < span.count; ++i, x += width) {
-      RLHF_FAST_KERNEL(isa(), embed)(model_.embedding, span.tokens[i], x, width, false);
+      RLHF_FAST_KERNEL(isa(), embed)(model_.type, model_.embedding, span.tokens[i], x, width, false);
     }
   }
-  if (!direct) linear(model_.embedding_out[0], normed_.data(), tokens_, width, hidden_.data(), size);
+  if (!direct) {
+    linear(model_.embedding_out[0], normed_.data(), tokens_, width, hidden_.data(), size);
+    RLHF_FAST_KERNEL(isa(), round_to)(model_.type, hidden_.data(), tokens_ * size);
+  }
   if (!model_.positions.weight) return;
   x = hidden_.data();
   for (const Span& span : spans) {
     for (int64_t i = 0; i < span.count; ++i, x += size) {
-      RLHF_FAST_KERNEL(isa(), embed)(model_.positions, span.position + i + model_.position_offset, x, size, true);
+      const int64_t position = span.position + i + model_.position_offset;
+      RLHF_FAST_KERNEL(isa(), embed)(model_.type, model_.positions, position, x, size, true);
     }
   }
 }
@@ -101,12 +105,14 @@ const float* Forward::logits(const std::vector<int64_t>& tokens) {
   const int64_t size = model_.hidden, count = int64_t(tokens.size()), vocabulary = model_.vocabulary;
   grow(logits_, count * vocabulary);
   for (int64_t i = 0; i < count; ++i) {
-    RLHF_FAST_KERNEL(isa(), normalise)(model_.final_norm, &hidden_[tokens[i] * size], &normed_[i * size], size);
+    const float* const hidden = &hidden_[tokens[i] * size];
+    RLHF_FAST_KERNEL(isa(), normalise)(model_.type, model_.final_norm, hidden, &normed_[i * size], size);
   }
   const float* x = normed_.data();
   for (const Linear& layer : model_.hidden_out) {
     grow(projected_, count * layer.out);
     linear(layer, x, count, size, projected_.data(), layer.out);
+    RLHF_FAST_KERNEL(isa(), round_to)(model_.type, projected_.data(), count * layer.out);
     x = projected_.data();
   }
   linear(model_.head, x, count, model_.head.in, logits_.data(), vocabulary);
@@ -140,8 +146,9 @@ void Forward::attention(const Layer& layer, int64_t index, const std::vector<Spa
       const int64_t position = task.span->position + i;
       float* const part = &projected_[(task.first_row + i) * row];
       const auto prepare = [&](const Norm& norm, float* x) {
-        if (norm.kind != Norm::Kind::none) RLHF_FAST_KERNEL(isa(), normalise)(norm, x, x, heads.size);
-        if (layer.rotary.cos) RLHF_FAST_KERNEL(isa(), rotate)(layer.rotary, position, x);
+        RLHF_FAST_KERNEL(isa(), round_to)(model_.type, x, heads.size);
+        if (norm.kind != Norm::Kind::none) RLHF_FAST_KERNEL(isa(), normalise)(model_.type, norm, x, x, heads.size);
+        if (layer.rotary.cos) RLHF_FAST_KERNEL(isa(), rotate)(model_.type, layer.rotary, position, x);
       };
       for (int64_t q = head * group; q < (head + 1) * group; ++q) {
         prepare(layer.query_norm, part + heads.queries + q * heads.query_stride);
@@ -172,6 +179,9 @@ void Forward::attention(const Layer& layer, int64_t index, const std::vector<Spa
         .output_stride = attended,
     };
     RLHF_FAST_KERNEL(isa(), attend)(attention, scratch);
+    for (int64_t i = 0; i < task.count; ++i) {
+      RLHF_FAST_KERNEL(isa(), round_to)(model_.type, attention.outputs + i * attended, group * heads.size);
+    }
   };
 
   const int64_t scratch = attention_scratch(positions_, heads.size);
@@ -198,7 +208,7 @@ void Forward::mlp(const Layer& layer) {
   for_each(tokens_, row, [&](int64_t token) {
     const float* const x = &projected_[token * row];
     const float* const factor = model_.gated ? x + inner : nullptr;
-    RLHF_FAST_KERNEL(isa(), activate)(model_.activation, x, factor, &inner_[token * inner], inner);
+    RLHF_FAST_KERNEL(isa(), activate)(model_.type, model_.activation, x, factor, &inner_[token * inner], inner);
   });
   linear(layer.mlp_out, inner_.data(), tokens_, inner, out_.data(), model_.hidden);
 }
@@ -206,7 +216,7 @@ void Forward::mlp(const Layer& layer) {
 void Forward::norm(const Norm& norm, std::vector<float>& x, std::vector<float>& y) {
   const int64_t size = model_.hidden;
   for_each(tokens_, size, [&](int64_t token) {
-    RLHF_FAST_KERNEL(isa(), normalise)(norm, &x[token * size], &y[token * size], size);
+    RLHF_FAST_KERNEL(isa(), normalise)(model_.type, norm, &x[token * size], &y[token * size], size);
   });
 }
 
@@ -215,8 +225,8 @@ void Forward::add(const Norm& norm) {
   const int64_t size = model_.hidden;
   for_each(tokens_, size, [&](int64_t token) {
     float* const out = &out_[token * size];
-    if (norm.kind != Norm::Kind::none) RLHF_FAST_KERNEL(isa(), normalise)(norm, out, out, size);
-    RLHF_FAST_KERNEL(isa(), add_scaled)(out, model_.residual_scale, &hidden_[token * size], size);
+    if (norm.kind != Norm::Kind::none) RLHF_FAST_KERNEL(isa(), normalise)(model_.type, norm, out, out, size);
+    RLHF_FAST_KERNEL(isa(), add_scaled)(model_.type, out, model_.residual_scale, &hidden_[token * size], size);
   });
 }
 

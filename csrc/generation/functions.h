@@ -1,9 +1,21 @@
-// exp, sigmoid and tanh on vectors. NaN stays NaN; where the float32 result would overflow it is bounded.
+// Rounding, exp, sigmoid and tanh on vectors. NaN stays NaN; where the float32 result would overflow it is bounded.
 #pragma once
 
 #include "../cpu/simd.h"
 
 namespace rlhf_fast::RLHF_FAST_ISA {
+
+// The nearest numbers that a T can be.
+template <typename T>
+inline Floats rounded(Floats x) {
+  T values[kWidth];
+  store(values, x);
+  return load(values);
+}
+template <>
+inline Floats rounded<float>(Floats x) {
+  return x;
+}
 
 constexpr float kLog2E = 1.44269504f;
 

@@ -7,6 +7,16 @@
 namespace rlhf_fast::RLHF_FAST_ISA {
 namespace {
 
+// Calls use(T()) with the C++ type of that name.
+template <typename Use>
+inline void with_type(WeightType type, Use use) {
+  switch (type) {
+    case WeightType::float32: return use(float());
+    case WeightType::bfloat16: return use(bfloat16());
+    case WeightType::float16: return use(float16());
+  }
+}
+
 // The next values of x[0..size) from i on, zeros after its end.
 template <typename T>
 inline Floats load_some(const T* x, int64_t i, int64_t size) {
@@ -23,12 +33,12 @@ inline void store_some(float* y, int64_t i, int64_t size, Floats value) {
   for (int64_t j = i; j < size; ++j) y[j] = last[j - i];
 }
 
-template <typename T>
-void embed_row(const T* row, float scale, float* y, int64_t size, bool add_to) {
+template <typename T, typename W>
+void embed_row(const W* row, float scale, float* y, int64_t size, bool add_to) {
   const Floats factor = splat(scale);
   for (int64_t i = 0; i < size; i += kWidth) {
-    Floats value = mul(load_some(row, i, size), factor);
-    if (add_to) value = add(value, load_some(y, i, size));
+    Floats value = rounded<T>(mul(load_some(row, i, size), factor));
+    if (add_to) value = rounded<T>(add(value, rounded<T>(load_some(y, i, size))));
     store_some(y, i, size, value);
   }
 }
@@ -50,83 +60,132 @@ inline float sum_of(const float* x, int64_t size, F f) {
   return total;
 }
 
-template <typename F>
+template <typename T, typename F>
 void activate_with(const float* x, const float* factor, float* y, int64_t size, F f) {
   for (int64_t i = 0; i < size; i += kWidth) {
-    const Floats value = f(load_some(x, i, size));
-    store_some(y, i, size, factor ? mul(value, load_some(factor, i, size)) : value);
+    Floats value = rounded<T>(f(rounded<T>(load_some(x, i, size))));
+    if (factor) value = rounded<T>(mul(value, rounded<T>(load_some(factor, i, size))));
+    store_some(y, i, size, value);
+  }
+}
+
+template <typename T>
+void activate_as(Activation activation, const float* x, const float* factor, float* y, int64_t size) {
+  switch (activation) {
+    case Activation::relu:
+      return activate_with<T>(x, factor, y, size, [](Floats v) { return max(splat(0.0f), v); });
+    case Activation::silu:
+      return activate_with<T>(x, factor, y, size, [](Floats v) { return mul(v, sigmoid(v)); });
+    case Activation::gelu_tanh:  // 0.5 x (1 + tanh(u)) = x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3)
+      return activate_with<T>(x, factor, y, size, [](Floats v) {
+        const Floats u = mul(v, fma(mul(v, v), splat(2 * 0.797884561f * 0.044715f), splat(2 * 0.797884561f)));
+        return mul(v, sigmoid(u));
+      });
+    case Activation::gelu:
+      return activate_with<T>(x, factor, y, size, [](Floats v) {
+        float values[kWidth];
+        store(values, v);
+        for (float& value : values) value = 0.5f * value * (1.0f + erff(value * 0.707106781f));
+        return load(values);
+      });
+  }
+}
+
+template <typename T>
+void normalise_as(const Norm& norm, const float* x, float* y, int64_t size) {
+  const auto value = [](Floats v) { return rounded<T>(v); };
+  float mean = 0;
+  if (norm.kind == Norm::Kind::layer) mean = sum_of(x, size, value) / float(size);
+  const Floats shift = splat(mean);
+  const float square = sum_of(x, size, [&](Floats v) {
+    const Floats centred = sub(value(v), shift);
+    return mul(centred, centred);
+  });
+  const Floats factor = splat(1.0f / sqrtf(square / float(size) + norm.epsilon));
+  for (int64_t i = 0; i < size; i += kWidth) {
+    Floats scaled = mul(sub(value(load_some(x, i, size)), shift), factor);
+    if (norm.round_before_weight) scaled = rounded<T>(scaled);
+    if (norm.weight) scaled = mul(scaled, load_some(norm.weight, i, size));
+    if (norm.bias) scaled = add(scaled, load_some(norm.bias, i, size));
+    store_some(y, i, size, rounded<T>(scaled));
+  }
+}
+
+// (first, second) turned by the angles whose cosines and sines are given.
+template <typename T>
+inline void turn(Floats& first, Floats& second, Floats cos, Floats sin) {
+  const Floats a = rounded<T>(first), b = rounded<T>(second);
+  first = rounded<T>(sub(rounded<T>(mul(a, cos)), rounded<T>(mul(b, sin))));
+  second = rounded<T>(add(rounded<T>(mul(b, cos)), rounded<T>(mul(a, sin))));
+}
+
+template <typename T>
+void rotate_as(const Rotary& rotary, int64_t position, float* x) {
+  const int64_t half = rotary.size / 2;
+  const float *cos = rotary.cos + position * half, *sin = rotary.sin + position * half;
+  for (int64_t i = 0; i < half; i += kWidth) {
+    if (!rotary.interleaved) {
+      Floats first = load_some(x, i, half), second = load_some(x + half, i, half);
+      turn<T>(first, second, load_some(cos, i, half), load_some(sin, i, half));
+      store_some(x, i, half, first);
+      store_some(x + half, i, half, second);
+      continue;
+    }
+    float evens[kWidth] = {}, odds[kWidth] = {};
+    const int64_t count = half - i < kWidth ? half - i : kWidth;
+    for (int64_t j = 0; j < count; ++j) evens[j] = x[2 * (i + j)], odds[j] = x[2 * (i + j) + 1];
+    Floats first = load(evens), second = load(odds);
+    turn<T>(first, second, load_some(cos, i, half), load_some(sin, i, half));
+    store(evens, first);
+    store(odds, second);
+    for (int64_t j = 0; j < count; ++j) x[2 * (i + j)] = evens[j], x[2 * (i + j) + 1] = odds[j];
+  }
+}
+
+template <typename T>
+void add_scaled_as(const float* x, float scale, float* y, int64_t size) {
+  const Floats factor = splat(scale);
+  for (int64_t i = 0; i < size; i += kWidth) {
+    const Floats value = rounded<T>(mul(rounded<T>(load_some(x, i, size)), factor));
+    store_some(y, i, size, rounded<T>(add(value, load_some(y, i, size))));
   }
 }
 
 }  // namespace
 
-void embed(const Embedding& table, int64_t index, float* y, int64_t size, bool add) {
-  const int64_t start = index * table.row_stride;
-  switch (table.type) {
-    case WeightType::float32:
-      return embed_row(static_cast<const float*>(table.weight) + start, table.scale, y, size, add);
-    case WeightType::bfloat16:
-      return embed_row(static_cast<const bfloat16*>(table.weight) + start, table.scale, y, size, add);
-    case WeightType::float16:
-      return embed_row(static_cast<const float16*>(table.weight) + start, table.scale, y, size, add);
-  }
-}
-
-void normalise(const Norm& norm, const float* x, float* y, int64_t size) {
-  if (norm.kind == Norm::Kind::none) {
-    for (int64_t i = 0; i < size; ++i) y[i] = x[i];
-    return;
-  }
-  float mean = 0;
-  if (norm.kind == Norm::Kind::layer) mean = sum_of(x, size, [](Floats v) { return v; }) / float(size);
-  const Floats shift = splat(mean);
-  const float square = sum_of(x, size, [shift](Floats v) {
-    const Floats centred = sub(v, shift);
-    return mul(centred, centred);
+void embed(WeightType type, const Embedding& table, int64_t index, float* y, int64_t size, bool add) {
+  with_type(type, [&](auto as) {
+    with_type(table.type, [&](auto stored) {
+      const auto* const row = static_cast<const decltype(stored)*>(table.weight) + index * table.row_stride;
+      embed_row<decltype(as)>(row, table.scale, y, size, add);
+    });
   });
-  const Floats factor = splat(1.0f / sqrtf(square / float(size) + norm.epsilon));
-  for (int64_t i = 0; i < size; i += kWidth) {
-    Floats value = mul(sub(load_some(x, i, size), shift), factor);
-    if (norm.weight) value = mul(value, load_some(norm.weight, i, size));
-    if (norm.bias) value = add(value, load_some(norm.bias, i, size));
-    store_some(y, i, size, value);
-  }
 }
 
-void rotate(const Rotary& rotary, int64_t position, float* x) {
-  const int64_t half = rotary.size / 2, step = rotary.interleaved ? 2 : 1, other = rotary.interleaved ? 1 : half;
-  const float *cos = rotary.cos + position * half, *sin = rotary.sin + position * half;
-  for (int64_t i = 0; i < half; ++i) {
-    float &first = x[step * i], &second = x[step * i + other];
-    const float a = first, b = second;
-    first = a * cos[i] - b * sin[i];
-    second = b * cos[i] + a * sin[i];
+void normalise(WeightType type, const Norm& norm, const float* x, float* y, int64_t size) {
+  if (norm.kind != Norm::Kind::none) {
+    return with_type(type, [&](auto as) { normalise_as<decltype(as)>(norm, x, y, size); });
   }
+  for (int64_t i = 0; i < size; ++i) y[i] = x[i];
 }
 
-void activate(Activation activation, const float* x, const float* factor, float* y, int64_t size) {
-  switch (activation) {
-    case Activation::relu:
-      return activate_with(x, factor, y, size, [](Floats v) { return max(splat(0.0f), v); });
-    case Activation::silu:
-      return activate_with(x, factor, y, size, [](Floats v) { return mul(v, sigmoid(v)); });
-    case Activation::gelu_tanh:  // 0.5 x (1 + tanh(u)) = x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3)
-      return activate_with(x, factor, y, size, [](Floats v) {
-        const Floats u = mul(v, fma(mul(v, v), splat(2 * 0.797884561f * 0.044715f), splat(2 * 0.797884561f)));
-        return mul(v, sigmoid(u));
-      });
-    case Activation::gelu:
-      for (int64_t i = 0; i < size; ++i) {
-        y[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.707106781f)) * (factor ? factor[i] : 1.0f);
-      }
-  }
+void rotate(WeightType type, const Rotary& rotary, int64_t position, float* x) {
+  with_type(type, [&](auto as) { rotate_as<decltype(as)>(rotary, position, x); });
 }
 
-void add_scaled(const float* x, float scale, float* y, int64_t size) {
-  const Floats factor = splat(scale);
-  for (int64_t i = 0; i < size; i += kWidth) {
-    store_some(y, i, size, fma(load_some(x, i, size), factor, load_some(y, i, size)));
-  }
+void activate(WeightType type, Activation activation, const float* x, const float* factor, float* y, int64_t size) {
+  with_type(type, [&](auto as) { activate_as<decltype(as)>(activation, x, factor, y, size); });
+}
+
+void add_scaled(WeightType type, const float* x, float scale, float* y, int64_t size) {
+  with_type(type, [&](auto as) { add_scaled_as<decltype(as)>(x, scale, y, size); });
+}
+
+void round_to(WeightType type, float* x, int64_t size) {
+  if (type == WeightType::float32) return;
+  with_type(type, [&](auto as) {
+    for (int64_t i = 0; i < size; i += kWidth) store_some(x, i, size, rounded<decltype(as)>(load_some(x, i, size)));
+  });
 }
 
 void scale_and_cap(float* x, float scale, float cap, int64_t size) {

@@ -1,6 +1,8 @@
 // What a block does to one row besides products and attention: embedding, norm, rotation, activation, residual.
 //
-// Rows are float32. A row's arithmetic depends on its size alone, never on other rows.
+// Rows are float32. A row's arithmetic depends on its size alone, never on other rows. Kernels round what they read
+// and every result to the type that the model computes in, where the model's own modules do: the decoder's log-probs are
+// to be those of training, which come from rounded numbers in half precision.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +18,7 @@ struct Norm {
   const float* weight = nullptr;  // [size], or null for ones
   const float* bias = nullptr;    // [size], or null for zeros
   float epsilon = 0;
+  bool round_before_weight = false;  // as Llama's RMSNorm does
 };
 
 // Rotary positions: the pair (x[i], x[i + size / 2]), or (x[2 i], x[2 i + 1]) when interleaved, turns by the angle i.
@@ -37,16 +40,22 @@ struct Embedding {
   float scale = 1;
 };
 
+// y = table[index], or y += it
+// y = norm(x); y may be x
+// rotate turns one head x in place
+// y = activation(x), times factor unless that is null
+// y += scale * x
+// x = cap * tanh(scale * x / cap), or scale * x for a cap of 0; never rounded
 #define RLHF_FAST_DECLARE(isa)                                                                                        \
   namespace isa {                                                                                                     \
-  void embed(const Embedding& table, int64_t index, float* y, int64_t size, bool add);                                \
-  void normalise(const Norm& norm, const float* x, float* y, int64_t size); /* y may be x */                          \
-  void rotate(const Rotary& rotary, int64_t position, float* x);            /* one head, in place */                  \
-  void activate(Activation activation, const float* x, const float* factor, float* y, int64_t size);                  \
-  void add_scaled(const float* x, float scale, float* y, int64_t size); /* y += scale * x */                          \
-  void scale_and_cap(float* x, float scale, float cap, int64_t size);   /* cap 0: none, else cap * tanh(x / cap) */   \
+  void embed(WeightType type, const Embedding& table, int64_t index, float* y, int64_t size, bool add);               \
+  void normalise(WeightType type, const Norm& norm, const float* x, float* y, int64_t size);                          \
+  void rotate(WeightType type, const Rotary& rotary, int64_t position, float* x);                                     \
+  void activate(WeightType type, Activation activation, const float* x, const float* factor, float* y, int64_t size); \
+  void add_scaled(WeightType type, const float* x, float scale, float* y, int64_t size);                              \
+  void round_to(WeightType type, float* x, int64_t size);                                                             \
+  void scale_and_cap(float* x, float scale, float cap, int64_t size);                                                 \
   }
-// activate: y = activation(x), times factor unless that is null.
 RLHF_FAST_FOR_EACH_ISA(RLHF_FAST_DECLARE)
 #undef RLHF_FAST_DECLARE
 

@@ -1,6 +1,6 @@
 // A decoder-only transformer as the decoder sees it: where its weights lie and what each block does with them.
 //
-// One description for all families: a part that a family lacks is off. With activations x of a token in float32,
+// One description for all families: a part that a family lacks is off. With x a token's activations,
 //   x = scale * embedding[id] (+ positions[position])
 //   each block: a = out_norm(attention(norm(x))), m = out_norm(mlp(norm(x + a))), x = x + a + m; in a parallel block
 //   the MLP's norm acts on x instead of x + a
@@ -52,10 +52,10 @@ struct Model {
   std::vector<Linear> hidden_out;  // from hidden to the head's size; empty: it has it
   Linear head{};
   float logit_scale = 1, logit_cap = 0;
-  WeightType cache_type = WeightType::float32;
+  WeightType type = WeightType::float32;  // what it computes in, and of its cache
 
   CacheLayout cache_layout() const {
-    return {cache_type, int64_t(layers.size()), heads.key_value_heads, heads.size};
+    return {type, int64_t(layers.size()), heads.key_value_heads, heads.size};
   }
 };
 

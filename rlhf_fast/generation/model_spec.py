@@ -74,7 +74,7 @@ class _Describer:
         out.logit_scale, out.logit_cap = head.scale, head.softcap or 0.0
         out.vocabulary = self.model.get_output_embeddings().weight.shape[0]
         out.heads, out.layers = self.heads, self.layers
-        out.cache_type = self.dtype(self.model.get_input_embeddings().weight)
+        out.type = self.dtype(self.model.get_input_embeddings().weight)
         return Spec(out, self.made)
 
     # ---- parts -------------------------------------------------------------------------------------------------------
@@ -120,7 +120,13 @@ class _Describer:
         kind = self.cpp.NormKind.layer if is_layer else self.cpp.NormKind.rms
         epsilon = getattr(module, "variance_epsilon", None) or module.eps
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        return self.cpp.Norm(kind, self.fp32(weight, 1.0 if plus_one else 0.0), self.fp32(bias), epsilon)
+        return self.cpp.Norm(
+            kind,
+            self.fp32(weight, 1.0 if plus_one else 0.0),
+            self.fp32(bias),
+            epsilon,
+            round_before_weight=not is_layer and not plus_one,
+        )
 
     def fp32(self, tensor: Tensor | None, plus: float = 0.0) -> int:
         """The address of a vector in float32, of a copy unless it is float32 already; 0 for None."""
@@ -142,9 +148,9 @@ class _Describer:
         if kind not in _ROPE_KINDS:
             raise UnsupportedError(f"rope_scaling {kind!r}, whose angles change with the length")
         with torch.no_grad():
-            tables = module(torch.zeros(1), torch.arange(self.positions)[None], *layer_type)
+            tables = module(torch.zeros(1, dtype=self.model.dtype), torch.arange(self.positions)[None], *layer_type)
         half = tables[0].shape[-1] // 2
-        cos, sin = ((table[0, :, ::2] if interleaved else table[0, :, :half]).contiguous() for table in tables)
+        cos, sin = ((table[0, :, ::2] if interleaved else table[0, :, :half]).float().contiguous() for table in tables)
         self.made += [cos, sin]
         return self.cpp.Rotary(cos.data_ptr(), sin.data_ptr(), 2 * half, interleaved)
 
