@@ -1,8 +1,8 @@
 // What a block does to one row besides products and attention: embedding, norm, rotation, activation, residual.
 //
-// Rows are float32. A row's arithmetic depends on its size alone, never on other rows. Kernels round what they read
-// and every result to the type that the model computes in, where the model's own modules do: the decoder's log-probs are
-// to be those of training, which come from rounded numbers in half precision.
+// Rows are float32. A row's arithmetic depends on its size alone, never on other rows. Kernels round what they read and
+// every result to the type that the model computes in, where the model's own modules do: the decoder's log-probs are to
+// be those of training, which come from rounded numbers in half precision.
 #pragma once
 
 #include <cstdint>
