@@ -176,8 +176,8 @@ class _Describer:
 # ---- families --------------------------------------------------------------------------------------------------------
 
 
-def _llama(d: _Describer, out: Any, *, plus_one: bool = False) -> None:
-    """Llama and what differs from it by a part: Qwen2 and Qwen3, Mistral, Granite, Phi-3, Gemma 2 and 3."""
+def _llama(d: _Describer, out: Any, *, plus_one: bool = False, interleaved: bool = False) -> None:
+    """Llama and what differs from it by a part: Qwen2 and Qwen3, Mistral, Granite, Phi-3, Gemma 2 and 3, Cohere."""
     trunk, config = d.model.model, d.config
     scale = float(getattr(trunk.embed_tokens, "embed_scale", torch.ones(())).to(d.model.dtype))
     out.hidden = config.hidden_size
@@ -188,7 +188,10 @@ def _llama(d: _Describer, out: Any, *, plus_one: bool = False) -> None:
     out.final_norm = d.norm(trunk.norm, plus_one=plus_one)
     layer_types = getattr(config, "layer_types", None) or [None] * len(trunk.layers)
     by_type = set(config.rope_parameters) >= set(layer_types)  # Gemma 3: local and global layers turn differently
-    rotary = {kind: d.rotary(trunk.rotary_emb, *([kind] if by_type else [])) for kind in set(layer_types)}
+    rotary = {
+        kind: d.rotary(trunk.rotary_emb, *([kind] if by_type else []), interleaved=interleaved)
+        for kind in set(layer_types)
+    }
     for block, kind in zip(trunk.layers, layer_types, strict=True):
         if kind not in (None, "full_attention", "sliding_attention"):
             raise UnsupportedError(f"{kind} layers")
@@ -213,7 +216,7 @@ def _llama(d: _Describer, out: Any, *, plus_one: bool = False) -> None:
             layer.mlp_norm = d.norm(block.pre_feedforward_layernorm, plus_one=plus_one)
             layer.mlp_out_norm = d.norm(block.post_feedforward_layernorm, plus_one=plus_one)
         else:
-            layer.mlp_norm = d.norm(block.post_attention_layernorm, plus_one=plus_one)
+            layer.mlp_norm = d.norm(block.input_layernorm if out.parallel else block.post_attention_layernorm)
         d.layers.append(layer)
 
 
@@ -221,6 +224,13 @@ def _gemma(d: _Describer, out: Any) -> None:
     if getattr(d.config, "use_bidirectional_attention", None):
         raise UnsupportedError("attention to later tokens")
     _llama(d, out, plus_one=True)
+
+
+def _cohere(d: _Describer, out: Any) -> None:
+    if d.config.use_qk_norm:
+        raise UnsupportedError("norms of queries and keys with weights of each head's own")
+    out.parallel = True
+    _llama(d, out, interleaved=True)
 
 
 def _gpt2(d: _Describer, out: Any) -> None:
@@ -293,6 +303,7 @@ _FAMILIES: dict[str, Callable[[_Describer, Any], None]] = {
     "Qwen3ForCausalLM": _llama,
     "GraniteForCausalLM": _llama,
     "Phi3ForCausalLM": _llama,
+    "CohereForCausalLM": _cohere,
     "Gemma2ForCausalLM": _gemma,
     "Gemma3ForCausalLM": _gemma,
     "GPT2LMHeadModel": _gpt2,

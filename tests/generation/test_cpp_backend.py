@@ -70,6 +70,7 @@ SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("gpt_neox", {"use_parallel_residual": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
     ("phi3", {}),
     ("phi3", {"sliding_window": 6, "num_key_value_heads": 1}),
+    ("cohere", {}),
     ("granite", {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}),
 ]
 
@@ -247,6 +248,7 @@ UNSUPPORTED: list[tuple[str, dict[str, Any], Any, str]] = [
         None,
         "rope_scaling 'dynamic'",
     ),
+    ("cohere", {"use_qk_norm": True}, None, "norms of queries and keys"),
     ("opt", {"do_layer_norm_before": False}, None, "do_layer_norm_before"),
     ("llama", {}, replaced_linear, "Adapted in place of a linear layer"),
     ("llama", {}, hooked, r"model\.layers\.0 has forward hooks"),
