@@ -55,18 +55,29 @@ void score_pages(const Attention& a, const Block& block, char* const* pages, flo
       for (int v = 0; v < kVectors; ++v) store(scores + q * stride + p * kPageTokens + v * kWidth, sums[q][p][v]);
 }
 
-// Scores -> exp(score - largest), 0 where the query does not look; returns their sum. In half precision the weights are
-// rounded and their sum is not, as in PyTorch's scaled_dot_product_attention and in flash attention.
-template <typename T>
+// How scores become weights. In half precision a fused kernel, PyTorch's scaled_dot_product_attention, computes them in
+// float32 and rounds exp(score - largest) but not the sum of these; eager attention rounds each step and probabilities.
+enum class Steps { exact, fused, eager };
+
+// A score, of a query's product with a key.
+template <Steps kSteps, typename T>
+inline Floats score_of(const Attention& a, Floats product) {
+  if constexpr (kSteps == Steps::eager) {
+    const Floats score = rounded<T>(mul(rounded<T>(product), splat(a.scale)));
+    if (a.cap == 0) return score;
+    return rounded<T>(mul(rounded<T>(tanh(rounded<T>(div(score, splat(a.cap))))), splat(a.cap)));
+  }
+  if (a.cap == 0) return mul(product, splat(a.scale));
+  return mul(splat(a.cap), tanh(mul(product, splat(a.scale / a.cap))));
+}
+
+// Scores -> exp(score - largest), 0 where the query does not look, or the same over their sum. Returns what the sum of
+// values weighted by them is to be multiplied by.
+template <Steps kSteps, typename T>
 float weigh(const Attention& a, float* scores, int64_t first, int64_t count, int64_t position) {
   const int64_t seen = a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
   Floats largest_score = splat(-HUGE_VALF);
-  const Floats factor = splat(a.cap > 0 ? a.scale / a.cap : a.scale), bound = splat(a.cap);
-  for (int64_t j = 0; j < count; j += kWidth) {
-    Floats score = mul(load(scores + j), factor);
-    if (a.cap > 0) score = mul(bound, tanh(score));
-    store(scores + j, score);
-  }
+  for (int64_t j = 0; j < count; j += kWidth) store(scores + j, score_of<kSteps, T>(a, load(scores + j)));
   for (int64_t j = first; j < seen; ++j) scores[j - first] = -HUGE_VALF;
   for (int64_t j = position + 1; j < first + count; ++j) scores[j - first] = -HUGE_VALF;
   for (int64_t j = 0; j < count; j += kWidth) largest_score = max(largest_score, load(scores + j));
@@ -76,12 +87,16 @@ float weigh(const Attention& a, float* scores, int64_t first, int64_t count, int
   for (int v = 0; v < kVectors; ++v) sums[v] = splat(0.0f);
   for (int64_t j = 0; j < count; j += kPageTokens)
     for (int v = 0; v < kVectors; ++v) {
-      const Floats weight = exp_negative(sub(load(scores + j + v * kWidth), most));
-      store(scores + j + v * kWidth, rounded<T>(weight));
+      const Floats below = sub(load(scores + j + v * kWidth), most);
+      const Floats weight = kSteps == Steps::fused ? exp_of_attention(below) : exp_negative(below);
+      store(scores + j + v * kWidth, kSteps == Steps::fused ? rounded<T>(weight) : weight);
       sums[v] = add(sums[v], weight);
     }
   for (int v = 1; v < kVectors; ++v) sums[0] = add(sums[0], sums[v]);
-  return sum(sums[0]);
+  const float total = sum(sums[0]);
+  if (kSteps != Steps::eager) return 1.0f / total;
+  for (int64_t j = 0; j < count; j += kWidth) store(scores + j, rounded<T>(div(load(scores + j), splat(total))));
+  return 1;
 }
 
 // out[q][i..] = sum over positions of weight * value, for V vectors of components from i on.
@@ -126,7 +141,12 @@ void attend_block(const Attention& a, const Block& block, float* scratch) {
     score_pages<Q, 1, T>(a, block, a.pages + page, scores + page * kPageTokens - first, count);
   }
   float factor[Q];
-  for (int q = 0; q < Q; ++q) factor[q] = 1.0f / weigh<T>(a, scores + q * count, first, count, block.position[q]);
+  for (int q = 0; q < Q; ++q) {
+    constexpr Steps kHalf = sizeof(T) < sizeof(float) ? Steps::fused : Steps::exact;
+    constexpr Steps kEager = sizeof(T) < sizeof(float) ? Steps::eager : Steps::exact;
+    const auto weigh_scores = a.eager ? weigh<kEager, T> : weigh<kHalf, T>;
+    factor[q] = weigh_scores(a, scores + q * count, first, count, block.position[q]);
+  }
 
   constexpr int kAtOnce = 8 / Q;
   int64_t i = 0;

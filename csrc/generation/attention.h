@@ -38,6 +38,7 @@ struct Attention {
   int64_t window;            // positions that a query sees, itself included; 0: all
   float scale;
   float cap;                 // scores become cap * tanh(score / cap); 0: as they are
+  bool eager;                // in half precision every step is rounded, the probabilities too
   int64_t group;             // query heads of this key-value head
   const float* queries;      // query head h of token t starts at t * query_stride + h * query_head_stride
   int64_t query_stride;

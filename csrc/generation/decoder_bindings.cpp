@@ -71,7 +71,8 @@ void bind_model(py::module_& m) {
       .value("relu", Activation::relu)
       .value("silu", Activation::silu)
       .value("gelu", Activation::gelu)
-      .value("gelu_tanh", Activation::gelu_tanh);
+      .value("gelu_tanh", Activation::gelu_tanh)
+      .value("gelu_new", Activation::gelu_new);
 
   py::class_<Norm>(m, "Norm")
       .def(py::init([](Norm::Kind kind, uintptr_t weight, uintptr_t bias, float epsilon, bool round_before_weight) {
@@ -118,6 +119,7 @@ void bind_model(py::module_& m) {
       .def_readwrite("mlp_in", &Layer::mlp_in)
       .def_readwrite("mlp_out", &Layer::mlp_out)
       .def_readwrite("rotary", &Layer::rotary)
+      .def_readwrite("query_scale", &Layer::query_scale)
       .def_readwrite("attention_scale", &Layer::attention_scale)
       .def_readwrite("window", &Layer::window);
   py::class_<Model>(m, "Model")
@@ -133,8 +135,10 @@ void bind_model(py::module_& m) {
       .def_readwrite("activation", &Model::activation)
       .def_readwrite("gated", &Model::gated)
       .def_readwrite("parallel", &Model::parallel)
+      .def_readwrite("branches_first", &Model::branches_first)
       .def_readwrite("residual_scale", &Model::residual_scale)
       .def_readwrite("attention_cap", &Model::attention_cap)
+      .def_readwrite("eager", &Model::eager)
       .def_readwrite("final_norm", &Model::final_norm)
       .def_readwrite("hidden_out", &Model::hidden_out)
       .def_readwrite("head", &Model::head)

@@ -57,6 +57,7 @@ bool Forward::run(const std::vector<Span>& spans, const std::function<bool()>& i
   grow(hidden_, tokens_ * size);
   grow(normed_, tokens_ * size);
   grow(out_, tokens_ * size);
+  if (model_.parallel) grow(attention_out_, tokens_ * size);
   embed(spans);
   for (size_t i = 0; i < model_.layers.size(); ++i) {
     if (interrupted()) return false;
@@ -65,13 +66,16 @@ bool Forward::run(const std::vector<Span>& spans, const std::function<bool()>& i
     attention(layer, int64_t(i), spans);
     if (model_.parallel) {
       norm(layer.mlp_norm, hidden_, normed_);
-      add(layer.attention_out_norm);
-    } else {
-      add(layer.attention_out_norm);
-      norm(layer.mlp_norm, hidden_, normed_);
+      std::swap(out_, attention_out_);
+      mlp(layer);
+      add(layer.attention_out_norm, attention_out_, model_.branches_first ? out_ : hidden_);
+      add(layer.mlp_out_norm, out_, hidden_);
+      continue;
     }
+    add(layer.attention_out_norm, out_, hidden_);
+    norm(layer.mlp_norm, hidden_, normed_);
     mlp(layer);
-    add(layer.mlp_out_norm);
+    add(layer.mlp_out_norm, out_, hidden_);
   }
   return true;
 }
@@ -151,7 +155,12 @@ void Forward::attention(const Layer& layer, int64_t index, const std::vector<Spa
         if (layer.rotary.cos) RLHF_FAST_KERNEL(isa(), rotate)(model_.type, layer.rotary, position, x);
       };
       for (int64_t q = head * group; q < (head + 1) * group; ++q) {
-        prepare(layer.query_norm, part + heads.queries + q * heads.query_stride);
+        float* const query = part + heads.queries + q * heads.query_stride;
+        prepare(layer.query_norm, query);
+        if (layer.query_scale != 1) {
+          RLHF_FAST_KERNEL(isa(), scale_and_cap)(query, layer.query_scale, 0, heads.size);
+          RLHF_FAST_KERNEL(isa(), round_to)(model_.type, query, heads.size);
+        }
       }
       float* const key = part + heads.keys + head * heads.key_value_stride;
       prepare(layer.key_norm, key);
@@ -171,6 +180,7 @@ void Forward::attention(const Layer& layer, int64_t index, const std::vector<Spa
         .window = layer.window,
         .scale = layer.attention_scale,
         .cap = model_.attention_cap,
+        .eager = model_.eager,
         .group = group,
         .queries = &projected_[first_row * row + heads.queries + head * group * heads.query_stride],
         .query_stride = row,
@@ -220,13 +230,13 @@ void Forward::norm(const Norm& norm, std::vector<float>& x, std::vector<float>& 
   });
 }
 
-// hidden_ += residual_scale * norm(out_)
-void Forward::add(const Norm& norm) {
+// y += residual_scale * norm(x); x is used up.
+void Forward::add(const Norm& norm, std::vector<float>& x, std::vector<float>& y) {
   const int64_t size = model_.hidden;
   for_each(tokens_, size, [&](int64_t token) {
-    float* const out = &out_[token * size];
+    float* const out = &x[token * size];
     if (norm.kind != Norm::Kind::none) RLHF_FAST_KERNEL(isa(), normalise)(model_.type, norm, out, out, size);
-    RLHF_FAST_KERNEL(isa(), add_scaled)(model_.type, out, model_.residual_scale, &hidden_[token * size], size);
+    RLHF_FAST_KERNEL(isa(), add_scaled)(model_.type, out, model_.residual_scale, &y[token * size], size);
   });
 }
 

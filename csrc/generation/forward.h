@@ -33,12 +33,12 @@ class Forward {
   void attention(const Layer& layer, int64_t index, const std::vector<Span>& spans);
   void mlp(const Layer& layer);
   void norm(const Norm& norm, std::vector<float>& x, std::vector<float>& y);
-  void add(const Norm& norm);
+  void add(const Norm& norm, std::vector<float>& x, std::vector<float>& y);
 
   const Model& model_;
   const CacheLayout layout_;
   int64_t tokens_ = 0, positions_ = 0;
-  std::vector<float> hidden_, normed_, projected_, attended_, inner_, out_, logits_, scratch_;
+  std::vector<float> hidden_, normed_, projected_, attended_, inner_, out_, attention_out_, logits_, scratch_;
 };
 
 }  // namespace rlhf_fast

@@ -69,6 +69,34 @@ void activate_with(const float* x, const float* factor, float* y, int64_t size, 
   }
 }
 
+// 0.5 x (1 + tanh(u)) = x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3)
+inline Floats gelu_tanh(Floats x) {
+  const Floats u = mul(x, fma(mul(x, x), splat(2 * 0.797884561f * 0.044715f), splat(2 * 0.797884561f)));
+  return mul(x, sigmoid(u));
+}
+
+// x^3 as torch.pow has it: in bfloat16 a product at a time.
+template <typename T>
+inline Floats cube(Floats x) {
+  return rounded<T>(mul(mul(x, x), x));
+}
+template <>
+inline Floats cube<bfloat16>(Floats x) {
+  return rounded<bfloat16>(mul(rounded<bfloat16>(mul(x, x)), x));
+}
+
+// The same as transformers' NewGELUActivation has it: a product or sum of tensors at a time.
+template <typename T>
+inline Floats gelu_new(Floats x) {
+  const Floats inner = rounded<T>(add(x, rounded<T>(mul(splat(0.044715f), cube<T>(x)))));
+  const Floats u = rounded<T>(mul(splat(0.797884561f), inner));
+  return mul(mul(splat(0.5f), x), rounded<T>(add(splat(1.0f), rounded<T>(tanh(u)))));
+}
+template <>
+inline Floats gelu_new<float>(Floats x) {
+  return gelu_tanh(x);
+}
+
 template <typename T>
 void activate_as(Activation activation, const float* x, const float* factor, float* y, int64_t size) {
   switch (activation) {
@@ -76,11 +104,10 @@ void activate_as(Activation activation, const float* x, const float* factor, flo
       return activate_with<T>(x, factor, y, size, [](Floats v) { return max(splat(0.0f), v); });
     case Activation::silu:
       return activate_with<T>(x, factor, y, size, [](Floats v) { return mul(v, sigmoid(v)); });
-    case Activation::gelu_tanh:  // 0.5 x (1 + tanh(u)) = x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3)
-      return activate_with<T>(x, factor, y, size, [](Floats v) {
-        const Floats u = mul(v, fma(mul(v, v), splat(2 * 0.797884561f * 0.044715f), splat(2 * 0.797884561f)));
-        return mul(v, sigmoid(u));
-      });
+    case Activation::gelu_tanh:
+      return activate_with<T>(x, factor, y, size, [](Floats v) { return gelu_tanh(v); });
+    case Activation::gelu_new:
+      return activate_with<T>(x, factor, y, size, [](Floats v) { return gelu_new<T>(v); });
     case Activation::gelu:
       return activate_with<T>(x, factor, y, size, [](Floats v) {
         float values[kWidth];
@@ -115,8 +142,10 @@ void normalise_as(const Norm& norm, const float* x, float* y, int64_t size) {
 template <typename T>
 inline void turn(Floats& first, Floats& second, Floats cos, Floats sin) {
   const Floats a = rounded<T>(first), b = rounded<T>(second);
-  first = rounded<T>(sub(rounded<T>(mul(a, cos)), rounded<T>(mul(b, sin))));
-  second = rounded<T>(add(rounded<T>(mul(b, cos)), rounded<T>(mul(a, sin))));
+  const Floats a_cos = rounded<T>(mul(a, cos)), b_sin = rounded<T>(mul(b, sin));
+  const Floats b_cos = rounded<T>(mul(b, cos)), a_sin = rounded<T>(mul(a, sin));
+  first = rounded<T>(sub(a_cos, b_sin));
+  second = rounded<T>(add(b_cos, a_sin));
 }
 
 template <typename T>
@@ -134,10 +163,10 @@ void rotate_as(const Rotary& rotary, int64_t position, float* x) {
     float evens[kWidth] = {}, odds[kWidth] = {};
     const int64_t count = half - i < kWidth ? half - i : kWidth;
     for (int64_t j = 0; j < count; ++j) evens[j] = x[2 * (i + j)], odds[j] = x[2 * (i + j) + 1];
-    Floats first = load(evens), second = load(odds);
-    turn<T>(first, second, load_some(cos, i, half), load_some(sin, i, half));
-    store(evens, first);
-    store(odds, second);
+    Floats first = rounded<T>(load(evens)), second = rounded<T>(load(odds));
+    turn<float>(first, second, load_some(cos, i, half), load_some(sin, i, half));  // as Cohere does: rounded at the end
+    store(evens, rounded<T>(first));
+    store(odds, rounded<T>(second));
     for (int64_t j = 0; j < count; ++j) x[2 * (i + j)] = evens[j], x[2 * (i + j) + 1] = odds[j];
   }
 }
@@ -147,7 +176,7 @@ void add_scaled_as(const float* x, float scale, float* y, int64_t size) {
   const Floats factor = splat(scale);
   for (int64_t i = 0; i < size; i += kWidth) {
     const Floats value = rounded<T>(mul(rounded<T>(load_some(x, i, size)), factor));
-    store_some(y, i, size, rounded<T>(add(value, load_some(y, i, size))));
+    store_some(y, i, size, rounded<T>(add(value, rounded<T>(load_some(y, i, size)))));
   }
 }
 

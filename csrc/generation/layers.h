@@ -30,7 +30,8 @@ struct Rotary {
   bool interleaved = false;
 };
 
-enum class Activation { relu, silu, gelu, gelu_tanh };
+// gelu_new: gelu_tanh, each step of it rounded.
+enum class Activation { relu, silu, gelu, gelu_tanh, gelu_new };
 
 // Rows of a table, in place: y = scale * weight[index]
 struct Embedding {

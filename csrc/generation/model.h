@@ -24,6 +24,7 @@ struct Layer {
   std::vector<Linear> mlp_in;        // gate and value side by side, or one of them alone
   Linear mlp_out{};
   Rotary rotary;
+  float query_scale = 1;  // of queries, before they meet a key
   float attention_scale = 1;
   int64_t window = 0;  // positions that a query sees, itself included; 0: all
 };
@@ -46,8 +47,10 @@ struct Model {
   Activation activation = Activation::silu;
   bool gated = true;     // activation(gate) * value instead of activation(value)
   bool parallel = false;
+  bool branches_first = false;  // x + (a + m) in a parallel block instead of (x + a) + m
   float residual_scale = 1;
   float attention_cap = 0;
+  bool eager = false;  // attention is a module's own products and softmax instead of a fused kernel
   Norm final_norm;
   std::vector<Linear> hidden_out;  // from hidden to the head's size; empty: it has it
   Linear head{};

@@ -24,7 +24,7 @@ _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
+    "gelu_new": "gelu_new",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 _ROPE_KINDS = ("default", "linear", "llama3", "yarn", "proportional")  # the angles do not change with the length
@@ -61,6 +61,7 @@ def describe(model: nn.Module, positions: int) -> Spec:
 class _Describer:
     def __init__(self, model: Any, positions: int):
         self.model, self.positions, self.config = model, positions, model.config.get_text_config()
+        self.half = model.dtype in (torch.bfloat16, torch.float16)
         self.cpp: ModuleType = load_generation()
         self.made: list[Tensor] = []
         self.heads = self.cpp.Heads()
@@ -74,6 +75,7 @@ class _Describer:
         out.logit_scale, out.logit_cap = head.scale, head.softcap or 0.0
         out.vocabulary = self.model.get_output_embeddings().weight.shape[0]
         out.heads, out.layers = self.heads, self.layers
+        out.eager = self.config._attn_implementation == "eager"
         out.type = self.dtype(self.model.get_input_embeddings().weight)
         return Spec(out, self.made)
 
@@ -272,13 +274,17 @@ def _opt(d: _Describer, out: Any) -> None:
         layer.attention_out = d.linear(attention.out_proj)
         layer.mlp_in, layer.mlp_out = [d.linear(block.fc1)], d.linear(block.fc2)
         layer.attention_norm, layer.mlp_norm = d.norm(block.self_attn_layer_norm), d.norm(block.final_layer_norm)
-        layer.attention_scale = attention.scaling
+        if d.half:  # OPT scales queries, which rounds them once more
+            layer.query_scale = attention.scaling
+        else:
+            layer.attention_scale = attention.scaling
         d.layers.append(layer)
 
 
 def _gpt_neox(d: _Describer, out: Any) -> None:
     trunk, config = d.model.gpt_neox, d.config
     out.hidden, out.gated, out.parallel = config.hidden_size, False, config.use_parallel_residual
+    out.branches_first = d.half  # the order decides what is rounded
     out.embedding = d.embedding(trunk.embed_in)
     out.activation = d.activation(config.hidden_act)
     out.final_norm = d.norm(trunk.final_layer_norm)
