@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 
-.PHONY: install demo demo-smollm2 test bench lint clean
+.PHONY: install demo demo-smollm2 test bench bench-peers lint clean
 
 install: .venv/.demo
 
@@ -44,6 +44,15 @@ test: lint
 
 bench: .venv/.test
 	$(BIN)/rlhf-fast bench -- --results bench/results
+
+# llama.cpp, compiled for this machine, in an environment of its own: once it is there, the benches time it too.
+bench-peers: .venv-peers/.made
+
+.venv-peers/.made:
+	$(PYTHON) -m venv --clear .venv-peers
+	CMAKE_BUILD_PARALLEL_LEVEL=2 .venv-peers/bin/python -m pip install --quiet --no-compile \
+		--no-binary llama-cpp-python llama-cpp-python==0.3.36
+	touch $@
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
