@@ -75,14 +75,13 @@ class _Ends(StoppingCriteria):
 @contextmanager
 def with_transformers(model: Any, job: Job) -> Iterator[Generate]:
     """model.generate and nothing else."""
-    prompts = torch.tensor(job.prompts)
+    prompts = torch.tensor(job.prompts).repeat_interleave(job.n, dim=0)  # as its num_return_sequences does
 
     def generate(lengths: Sequence[int], greedy: bool) -> list[list[int]]:
         config = GenerationConfig(
             do_sample=not greedy,
             top_k=None if greedy else 0,  # 0: all of them
             max_new_tokens=max(lengths),
-            num_return_sequences=job.n,
             pad_token_id=0,
         )
         ends = _Ends(job.positions + torch.tensor(lengths))
