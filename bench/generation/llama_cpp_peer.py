@@ -15,7 +15,13 @@ from typing import Any
 
 import llama_cpp
 
-FLOAT32 = 0  # ggml's number for it
+FLOAT32, ERROR = 0, 4  # ggml's numbers for the type and for the level of a message
+
+
+@llama_cpp.llama_log_callback
+def print_errors(level: int, text: bytes, data: Any) -> None:
+    if level == ERROR:
+        print(text.decode(), end="", file=sys.stderr)
 
 
 class Decoder:
@@ -89,7 +95,9 @@ def main() -> None:
     for name in ("rows", "positions", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--shared", action="store_true")
-    decoder = Decoder(**vars(parser.parse_args()))
+    arguments = parser.parse_args()
+    llama_cpp.llama_log_set(print_errors, None)
+    decoder = Decoder(**vars(arguments))
     for line in sys.stdin:
         print(json.dumps(decoder.generate(**json.loads(line))), flush=True)
 
