@@ -19,6 +19,20 @@ from typing import Any
 
 OURS, FLOOR = "rlhf_fast", "floor"
 
+# What each kernel does in one pass over its data.
+FUSES = {
+    "gather_logprobs": "softmax, log-prob, entropy; in the backward the softmax again and the gradient",
+    "linear_logprobs": "product with the head by chunks, log-prob, entropy; no logits in memory",
+    "logits_ppo_loss": "log-prob, entropy, clipped loss, statistics, gradient over the logits",
+    "linear_ppo_loss": "the same from hidden states, by chunks; three products in all",
+    "linear_cross_entropy": "the same for SFT's loss",
+    "ppo_loss": "ratio, clips, KL, entropy bonus, statistics, gradient",
+    "value_loss": "clipped error, statistics, gradient",
+    "gae": "next-token lookup, scan, returns",
+    "shaped_gae": "KL, score, next-token lookup, scan, returns",
+    "masked_whiten": "moments, then the shift and scale",
+}
+
 
 @dataclass
 class Group:
@@ -110,22 +124,28 @@ def lines(group: Group) -> list[str]:
 
 
 def markdown(groups: list[Group], where: dict[str, Any]) -> str:
-    """A table of all groups: one row for each of ours."""
-    head = "| job | ms | faster than | share of the floor | GB/s | extra memory |\n|---|---|---|---|---|---|\n"
-    rows = []
+    """The kernels, what each fuses, and how they compare: one row for each of ours. Then the rest of the benches."""
+    facts = ", ".join(f"{key} {value}" for key, value in where.items())
+    kernels = [group for group in groups if group.op in FUSES]
+    rest = [group for group in groups if group.op not in FUSES]
+    tables = [f"{_table(kernels, fuses=True)}\nMedian times; {facts}.\n"] if kernels else []
+    tables += [f"{_table(rest, fuses=False)}\nMedian times; {facts}.\n"] if rest else []
+    return "\n".join(tables)
+
+
+def _table(groups: list[Group], *, fuses: bool) -> str:
+    columns = ["job", *(["in one pass"] if fuses else []), "ms", "faster than", "share of the floor", "extra memory"]
+    rows = [columns, ["---"] * len(columns)]
     for group in groups:
         for name in group.ours:
             label = group.name + ("" if name == OURS else f" ({name.removeprefix(OURS).strip(' ,:')})")
-            peers = ", ".join(f"{group.times_faster(name, peer):.1f}x {peer}" for peer in group.peers) or "no peer"
-            share, rate = group.floor_share(name), group.rate(name)
+            peers = ", ".join(f"{group.times_faster(name, peer):.2g}x {peer}" for peer in group.peers) or "no peer"
+            share = group.floor_share(name)
             floor = "" if share is None or group.floor is None else f"{share:.0%} ({group.floor.partition(': ')[2]})"
             memory = f"{group.memory[name] / 2**20:.1f} MiB" if name in group.memory else ""
-            rows.append(
-                f"| {label} | {1e3 * group.seconds[name]:.3g} | {peers} | {floor} | {f'{rate:.1f}' if rate else ''} "
-                f"| {memory} |\n"
-            )
-    facts = ", ".join(f"{key} {value}" for key, value in where.items())
-    return head + "".join(rows) + f"\nMedian times. {facts}.\n"
+            cells = [label, *([FUSES[group.op]] if fuses else []), f"{1e3 * group.seconds[name]:.3g}", peers, floor]
+            rows.append([*cells, memory])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _processor() -> str:

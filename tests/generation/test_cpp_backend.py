@@ -257,7 +257,7 @@ UNSUPPORTED: list[tuple[str, dict[str, Any], Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("family", "changes", "change", "reason"), UNSUPPORTED, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("family", "changes", "change", "reason"), UNSUPPORTED, ids=[case[3] for case in UNSUPPORTED])
 def test_what_it_does_not_know_goes_to_transformers_with_a_reason(
     family: str, changes: dict[str, Any], change: Any, reason: str, recwarn: pytest.WarningsRecorder
 ) -> None:
