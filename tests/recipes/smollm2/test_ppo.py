@@ -28,13 +28,13 @@ def score(config: PPOConfig, *pairs: tuple[str, str]) -> RewardScores:
 def test_config_is_valid(config: PPOConfig) -> None:
     check_config(config)
     assert isinstance(config.reward, list)
-    assert [part["weight"] for part in config.reward] == [1.0, 0.0, 0.0]
+    assert [part["weight"] for part in config.reward] == [1.0, 0.0, 0.5]
     assert config.train_data != config.eval_data
 
 
-def test_only_sentiment_is_optimised(config: PPOConfig) -> None:
+def test_sentiment_and_the_topic_are_optimised(config: PPOConfig) -> None:
     scores = score(config, ("hi", "What a lovely, happy day!"), ("hi", "I hate this terrible place."), ("hi", ""))
-    assert torch.equal(scores.total, scores.parts["sentiment"])
+    assert torch.equal(scores.total, scores.parts["sentiment"] + 0.5 * scores.parts["on_topic"])
     assert scores.total[0] > 0.7
     assert scores.total[1] < -0.7
     assert scores.total[2] == 0
