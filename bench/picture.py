@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from bench.summary import Group
+from bench.summary import Group, short
 
 COLUMNS = 2
 OURS, PEER, FLOOR = "#1f6feb", "#b8c0cc", "#d1242f"
@@ -26,7 +26,7 @@ def draw(groups: list[Group], file: Path) -> None:
         names = sorted([*group.ours, *group.peers], key=lambda name: -group.seconds[name])
         times = [1e3 * group.seconds[name] for name in names]
         drawn = axis.barh(names, times, color=[OURS if name in group.ours else PEER for name in names])
-        axis.bar_label(drawn, [f"{time:.3g} ms" for time in times], padding=3, fontsize=8)
+        axis.bar_label(drawn, [f"{short(time)} ms" for time in times], padding=3, fontsize=8)
         if group.floor is not None:
             axis.axvline(1e3 * group.seconds[group.floor], color=FLOOR, linestyle="--", label=group.floor)
             axis.legend(fontsize=8, loc="upper right")

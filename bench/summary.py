@@ -139,13 +139,18 @@ def _table(groups: list[Group], *, fuses: bool) -> str:
     for group in groups:
         for name in group.ours:
             label = group.name + ("" if name == OURS else f" ({name.removeprefix(OURS).strip(' ,:')})")
-            peers = ", ".join(f"{group.times_faster(name, peer):.2g}x {peer}" for peer in group.peers) or "no peer"
+            peers = ", ".join(f"{short(group.times_faster(name, peer))}x {peer}" for peer in group.peers) or "no peer"
             share = group.floor_share(name)
             floor = "" if share is None or group.floor is None else f"{share:.0%} ({group.floor.partition(': ')[2]})"
             memory = f"{group.memory[name] / 2**20:.1f} MiB" if name in group.memory else ""
-            cells = [label, *([FUSES[group.op]] if fuses else []), f"{1e3 * group.seconds[name]:.3g}", peers, floor]
+            cells = [label, *([FUSES[group.op]] if fuses else []), short(1e3 * group.seconds[name]), peers, floor]
             rows.append([*cells, memory])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def short(x: float) -> str:
+    """Three digits, and no power of ten."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def _processor() -> str:
