@@ -78,11 +78,13 @@ def compare(
         torch.testing.assert_close(actual.double(), exact, rtol=tolerance, atol=1e-6)
     assert found[2].dtype == logits.dtype
     largest = float(expected[2].abs().max())
+    # A row is summed in float32: where a token has almost all probability, 1 - p is known to a unit of rounding of 1.
+    upstream = float(torch.stack([g, h]).abs().max()) / temperature if g.numel() else 0.0
     torch.testing.assert_close(
         found[2].double(),
         expected[2],
         rtol=ROUNDING[logits.dtype],
-        atol=1e-6 * largest + (1e-7 if logits.dtype == torch.float16 else 0),
+        atol=1e-6 * largest + 2.0**-23 * upstream + (1e-7 if logits.dtype == torch.float16 else 0),
     )
 
 
