@@ -84,19 +84,49 @@ inline void for_each_vector(const T* x, int64_t n, Use use) {
 // Of the logits seen so far, with t = (x - largest) * scale in base 2: sum of 2^t, and of 2^t * t.
 struct Sums {
   double largest = -HUGE_VAL;
-  double sum = 0;
+  // The logits equal to the largest are counted apart, where they were first met. Beside their 1 a float would lose the
+  // others, and the log-prob of a token that is almost certain is made of the others alone.
+  double at_largest = 0;
+  double others = 0;
   double weighted = 0;
+
+  double sum() const { return at_largest + others; }
+  double log_sum() const { return at_largest > 0 ? log1p(at_largest - 1 + others) : log(others); }
 
   // A new largest logit shifts every t down by the same amount.
   void raise(double to, double scale) {
-    if (to > largest && sum > 0) {
+    if (sum() > 0) {
       const double shift = (largest - to) * scale, factor = ::exp2(shift);
-      weighted = factor > 0 ? (weighted + shift * sum) * factor : 0;
-      sum *= factor;
+      weighted = factor > 0 ? (weighted + shift * sum()) * factor : 0;
+      others = sum() * factor;
+      at_largest = 0;
     }
     largest = to;
   }
 };
+
+template <bool kEntropy, bool kHasNewLargest, typename T>
+void add_exponentials(Sums& row, const T* x, int64_t n, double scale) {
+  // Where all is -inf so far, x - largest would be NaN.
+  const Floats m = splat(row.largest > -HUGE_VAL ? float(row.largest) : 0.0f);
+  const Floats s = splat(float(scale)), zero = splat(0), one = splat(1);
+  const Floats lowest = splat(kLowest);
+  Floats sums[4] = {}, weighted[4] = {}, at_largest = {};
+  for_each_vector<true>(x, n, [&](int lane, Floats v) __attribute__((always_inline)) {
+    const Floats t = max(lowest, mul(sub(v, m), s));  // NaN stays NaN
+    Floats e = exp2(t);
+    if constexpr (kEntropy) weighted[lane] = fma(e, t, weighted[lane]);
+    if constexpr (kHasNewLargest) {
+      const Floats is_largest = greater(m, v, zero, one);
+      at_largest = add(at_largest, is_largest);
+      e = sub(e, is_largest);  // exactly 0 there, as 2^0 is exactly 1
+    }
+    sums[lane] = add(sums[lane], e);
+  });
+  row.at_largest += sum(at_largest);
+  row.others += sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+  if constexpr (kEntropy) row.weighted += sum(add(add(weighted[0], weighted[1]), add(weighted[2], weighted[3])));
+}
 
 template <bool kEntropy, typename T>
 void add_block(Sums& row, const T* x, int64_t n, double scale) {
@@ -105,32 +135,24 @@ void add_block(Sums& row, const T* x, int64_t n, double scale) {
   for_each_vector<false>(x, n, [&](int lane, Floats v) __attribute__((always_inline)) {
     top[lane] = max(top[lane], v);
   });
-  row.raise(largest(max(max(top[0], top[1]), max(top[2], top[3]))), scale);
-
-  // Where all is -inf so far, x - largest would be NaN.
-  const Floats m = splat(row.largest > -HUGE_VAL ? float(row.largest) : 0.0f);
-  const Floats s = splat(float(scale));
-  const Floats lowest = splat(kLowest);
-  Floats sums[4] = {}, weighted[4] = {};
-  for_each_vector<true>(x, n, [&](int lane, Floats v) __attribute__((always_inline)) {
-    const Floats t = max(lowest, mul(sub(v, m), s));  // NaN stays NaN
-    const Floats e = exp2(t);
-    sums[lane] = add(sums[lane], e);
-    if constexpr (kEntropy) weighted[lane] = fma(e, t, weighted[lane]);
-  });
-  row.sum += sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
-  if constexpr (kEntropy) row.weighted += sum(add(add(weighted[0], weighted[1]), add(weighted[2], weighted[3])));
+  const double to = largest(max(max(top[0], top[1]), max(top[2], top[3])));
+  if (to > row.largest) {
+    row.raise(to, scale);
+    add_exponentials<kEntropy, true>(row, x, n, scale);
+  } else {
+    add_exponentials<kEntropy, false>(row, x, n, scale);
+  }
 }
 
 template <bool kEntropy>
 void add_block(Sums& row, const double* x, int64_t n, double scale) {
   double top = row.largest;
   for (int64_t j = 0; j < n; ++j) top = x[j] > top ? x[j] : top;
-  row.raise(top, scale);
+  if (top > row.largest) row.raise(top, scale);
   const double m = top > -HUGE_VAL ? top : 0;
   for (int64_t j = 0; j < n; ++j) {
     const double t = (x[j] - m) * scale, e = ::exp2(t);
-    row.sum += e;
+    row.others += e;
     if (kEntropy && !(e == 0)) row.weighted += e * t;
   }
 }
@@ -150,8 +172,8 @@ Softmax read_row(const T* x, int64_t vocabulary, double temperature) {
     const int64_t n = vocabulary - j < kBlock ? vocabulary - j : kBlock;
     add_block<kEntropy>(sums, x + j, n, scale);
   }
-  const double log_sum = log(sums.sum);
-  return {sums.largest, log_sum, kEntropy ? log_sum - kLn2 * sums.weighted / sums.sum : 0};
+  const double log_sum = sums.log_sum();
+  return {sums.largest, log_sum, kEntropy ? log_sum - kLn2 * sums.weighted / sums.sum() : 0};
 }
 
 inline double logprob_of(double logit, const Softmax& row, double temperature) {

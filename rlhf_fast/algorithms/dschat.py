@@ -53,6 +53,7 @@ def advantages_and_returns(
     clip_score: float | None = CLIP_SCORE,
     gamma: float = 1.0,
     lam: float = 0.95,
+    backend: ops.Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What rlhf_fast.ops.shaped_gae is by default, DeepSpeed-Chat's way; the arguments are the same.
 
@@ -60,7 +61,7 @@ def advantages_and_returns(
         scores: [B].
         logprobs, ref_logprobs, values: [B, T] over response tokens, right-padded, finite in live_columns(mask).
         mask: [B, T] bool, True for trained tokens.
-        kl_coef, clip_score, gamma, lam: as in shaped_gae, with DeepSpeed-Chat's constants as defaults.
+        kl_coef, clip_score, gamma, lam, backend: as in shaped_gae, with DeepSpeed-Chat's constants as defaults.
 
     Returns:
         (advantages, returns, rewards), all [B, T], without gradients; 0 outside live_columns(mask), not outside mask.
@@ -81,6 +82,7 @@ def advantages_and_returns(
             gamma=gamma,
             lam=lam,
             clip_score=clip_score,
+            backend=backend,
         )
 
 

@@ -290,7 +290,7 @@ class Generator:
         """Rows decoded together: of like length, so that padding is small, and with one limit, so that no row runs past
         the model's context while it waits for the others."""
         if self._can_batch is None and len(limits) > 1:
-            self._can_batch = transformers_backend.can_batch(self.model)
+            self._can_batch = transformers_backend.can_batch(self.model, ops_backend=self.ops_backend)
         size = self.max_batch_size if self._can_batch else 1
         batches: list[list[int]] = []
         for row in sorted(range(len(limits)), key=lambda row: (-limits[row], lengths[row])):

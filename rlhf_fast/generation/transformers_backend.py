@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from rlhf_fast.errors import NonFiniteError
+from rlhf_fast.ops import Backend
 
 from .abort import AbortFlag
 from .decoded import NAN_LOGITS, Decoded
@@ -140,7 +141,7 @@ def decode(
     return decoding.result()
 
 
-def can_batch(model: PreTrainedModel) -> bool:
+def can_batch(model: PreTrainedModel, *, ops_backend: Backend = "auto") -> bool:
     """Whether a row decodes the same beside a longer one, padding before it; tried on a few tokens, warns if not.
 
     RWKV, for one, reads padding as text. Too strict an answer costs speed alone.
@@ -152,7 +153,7 @@ def can_batch(model: PreTrainedModel) -> bool:
 
     def logprobs(prompts: list[list[int]]) -> Tensor:
         rows, none = len(prompts), torch.tensor([], dtype=torch.int64, device=device)
-        sampler = Sampler(greedy, prompts, [0] * rows, [0] * rows, none)
+        sampler = Sampler(greedy, prompts, [0] * rows, [0] * rows, none, ops_backend=ops_backend)
         return decode(model, prompts, sampler, limit=2, stop_ids=none, watchers=None, abort=AbortFlag()).logprobs[0]
 
     rounding = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2

@@ -13,8 +13,6 @@ from rlhf_fast.build import load_ops
 Backend = Literal["auto", "triton", "cpp", "reference"]
 Implementation = Literal["triton", "cpp", "reference"]
 
-REFERENCE_ONLY: tuple[Implementation, ...] = ("reference",)
-
 
 def choose_backend(
     op: str, backend: Backend, available: tuple[Implementation, ...], device: torch.device

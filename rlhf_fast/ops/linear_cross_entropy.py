@@ -38,8 +38,7 @@ def linear_cross_entropy(
 
     The gradients are made together with the loss, chunk by chunk, with three matrix products in all. The backward pass
     hands them on, or scales them in place where the loss's own gradient is not 1: after that a second backward pass is
-    an error. Without a gradient (torch.no_grad) it is one product. The logits
-    are never in memory as a whole.
+    an error. Without a gradient (torch.no_grad) it is one product. The logits are never in memory as a whole.
 
     Under ZeRO-3 call it inside the nn.Module that owns `weight`, so that the weight is there.
 

@@ -132,10 +132,10 @@ class PPOTrainer:
         scores = scored.rewards.total.to(self.world.device)
         scores = scores - config.missing_eos_penalty * (~rollout.finished).to(scores.dtype)
         if config.normalize_scores:
-            scores = ops.masked_whiten(scores, torch.ones_like(scores, dtype=torch.bool), group=self.group)
+            scores = self._whiten(scores, torch.ones_like(scores, dtype=torch.bool))
         advantages, returns, rewards = self.advantages(scores, logprobs, ref_logprobs, values, mask)
         if config.whiten_advantages:
-            advantages = ops.masked_whiten(advantages, mask, group=self.group)
+            advantages = self._whiten(advantages, mask)
 
         kl = sequence_kl(logprobs, ref_logprobs, mask)
         self.run.log({"epoch": self.order.epoch, "objective/kl_coef": self.kl.value})
@@ -182,6 +182,7 @@ class PPOTrainer:
                 clip_score=config.clip_score,
                 gamma=config.gamma,
                 lam=config.lam,
+                backend=config.ops_backend,
             )
         advantages, returns, rewards = ops.shaped_gae(
             scores,
@@ -197,7 +198,7 @@ class PPOTrainer:
             lam=config.lam,
         )
         if config.whiten_rewards:
-            whitened = ops.masked_whiten(rewards, mask, group=self.group, shift_mean=False)
+            whitened = self._whiten(rewards, mask, shift_mean=False)
             advantages, returns = ops.gae(
                 whitened, values, mask, gamma=config.gamma, lam=config.lam, backend=config.ops_backend
             )
@@ -311,6 +312,11 @@ class PPOTrainer:
                 save_model(self.models.policy_module, self.tokenizer, folder)
 
     # ---- parts ----------------------------------------------------------------------------------------------------
+
+    def _whiten(self, x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+        """Over the masked tokens of all ranks."""
+        backend = self.config.ops_backend
+        return ops.masked_whiten(x, mask, group=self.group, shift_mean=shift_mean, backend=backend)
 
     def _load(self, path: str | list[str], context: int | None) -> Examples[PromptExample]:
         if not path:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
 import re
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -108,3 +112,38 @@ def test_batches_that_do_not_divide_among_ranks_are_refused(options: dict[str, i
     config = PPOConfig(model_name_or_path="m", train_data="d", **options)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=f"^{field}"):
         check_ranks(config, World(rank=0, world_size=4, local_rank=0, device=torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"whiten_rewards": True, "normalize_scores": True}, {"semantics": "dschat", "whiten_advantages": False}],
+    ids=str,
+)
+def test_reference_ops_need_no_compiler(options: dict[str, Any], letters_model: Path, tmp_path: Path) -> None:
+    """Nothing is built, in a process that has nothing built: what the message of a missing compiler promises."""
+    config = {
+        "model_name_or_path": str(letters_model),
+        "train_data": write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": p} for p in "abcd"]),
+        "reward": f"{tmp_path / 'reward.py'}:count",
+        "ops_backend": "reference",
+        "max_steps": 1,
+        "batch_size": 4,
+        "max_new_tokens": 4,
+        "report_to": [],
+    }
+    (tmp_path / "reward.py").write_text(
+        "def count(completions, **columns):\n    return [len(c) for c in completions]\n"
+    )
+    (tmp_path / "ppo.yaml").write_text(json.dumps(config | options))
+    command = [sys.executable, "-m", "rlhf_fast.cli", "ppo", "--config", str(tmp_path / "ppo.yaml")]
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "run")],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "CXX": "no-such-compiler", "RLHF_FAST_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(read_metrics(tmp_path / "run")) == 1
+    assert "transformers decodes instead of C++" in done.stderr
