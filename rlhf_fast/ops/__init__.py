@@ -5,7 +5,7 @@ float64 in gives float64 out, anything else computes in and returns float32. Out
 what stands there, NaN too, reaches neither values nor gradients.
 
 `backend` picks the implementation: "triton", "cpp", "reference" (plain PyTorch, any device), or "auto", the fastest
-that the op has for the tensors' device: Triton on a GPU, C++ on a CPU. One that the op has not got is a ValueError.
+on the tensors' device: Triton on a GPU (float64: the reference), C++ on a CPU. One for another device is a ValueError.
 """
 
 from rlhf_fast.ops import reference

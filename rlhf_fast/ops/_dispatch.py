@@ -9,27 +9,24 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.build import load_ops
+from rlhf_fast.ops.reference._common import compute_dtype
 
 Backend = Literal["auto", "triton", "cpp", "reference"]
 Implementation = Literal["triton", "cpp", "reference"]
 
 
-def choose_backend(
-    op: str, backend: Backend, available: tuple[Implementation, ...], device: torch.device
-) -> Implementation:
-    """The implementation that backend names; for "auto" the fastest that the op has on this device.
+def choose_backend(op: str, backend: Backend, device: torch.device, dtype: torch.dtype) -> Implementation:
+    """The implementation that backend names; for "auto" the fastest on this device that computes in dtype.
 
-    Raises ValueError for an unknown name, for one that the op has not got, and for one that the device is not for.
+    That is not Triton for float64: its kernels compute in float32. Raises ValueError for an unknown name and for one
+    that the device is not for.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"{op}: backend must be one of {', '.join(map(repr, get_args(Backend)))}; got {backend!r}")
     if backend == "auto":
-        fastest: dict[str, Implementation] = {"cuda": "triton", "cpu": "cpp"}
-        choice = fastest.get(device.type, "reference")
-        return choice if choice in available else "reference"
-    if backend not in available:
-        there_is = ", ".join(map(repr, available))
-        raise ValueError(f"{op} has no {backend!r} backend yet; it has {there_is}, and 'auto' takes the fastest")
+        if device.type == "cpu":
+            return "cpp"
+        return "triton" if device.type == "cuda" and dtype != torch.float64 else "reference"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own debugging mode, slow and on any device
     if backend == "triton" and device.type != "cuda" and not interpreted:
         raise ValueError(f"{op}: backend 'triton' is for tensors on a GPU; these are on {device}")
@@ -41,14 +38,11 @@ def choose_backend(
 def choose_backend_without_gradient(
     op: str, backend: Backend, device: torch.device, **inputs: Tensor | None
 ) -> Implementation:
-    """As choose_backend, for an op that has all implementations but a gradient only in the reference.
+    """As choose_backend, for an op that has a gradient only in the reference.
 
-    "auto" takes the reference when an input wants a gradient, and for float64 on a GPU: the Triton kernels compute in
-    float32. ValueError for "cpp" and "triton" when an input wants a gradient.
+    "auto" takes the reference when an input wants a gradient; "cpp" and "triton" are a ValueError then.
     """
-    if backend == "auto" and device.type == "cuda":
-        backend = "reference" if any(x is not None and x.dtype == torch.float64 for x in inputs.values()) else "auto"
-    implementation = choose_backend(op, backend, ("triton", "cpp", "reference"), device)
+    implementation = choose_backend(op, backend, device, compute_dtype(*inputs.values()))
     wanting = [name for name, x in inputs.items() if x is not None and x.requires_grad]
     if implementation == "reference" or not wanting or not torch.is_grad_enabled():
         return implementation
@@ -67,3 +61,10 @@ def load_compiled_ops() -> None:
     Raises BuildError where there is no compiler: nothing slower takes over in silence.
     """
     load_ops()
+
+
+def divisor(num_tokens: int | float | Tensor | None) -> tuple[Tensor | None, float | None]:
+    """num_tokens as operators take it: a tensor or a number, neither for the mask's own count."""
+    if isinstance(num_tokens, Tensor):
+        return num_tokens.detach(), None
+    return None, None if num_tokens is None else float(num_tokens)

@@ -11,8 +11,6 @@ from torch import Tensor
 from rlhf_fast.ops import _checks, reference
 from rlhf_fast.ops._dispatch import Backend, Implementation, choose_backend, load_compiled_ops
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("triton", "cpp", "reference")
-
 
 @overload
 def gather_logprobs(
@@ -75,9 +73,7 @@ def gather_logprobs(
     _checks.logits("gather_logprobs", logits)
     _checks.ids("gather_logprobs", ids, logits.shape[:-1], "logits' without V", logits.device)
     _checks.temperature("gather_logprobs", temperature)
-    if backend == "auto" and logits.is_cuda and logits.dtype == torch.float64:
-        backend = "reference"  # the Triton kernel computes in float32
-    implementation = choose_backend("gather_logprobs", backend, IMPLEMENTATIONS, logits.device)
+    implementation = choose_backend("gather_logprobs", backend, logits.device, logits.dtype)
     if implementation != "reference":
         logprobs, entropy = _compiled(implementation)(
             logits, ids, temperature, return_entropy, ignore_index, inplace_backward

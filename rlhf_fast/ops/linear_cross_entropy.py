@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ from rlhf_fast.ops._loss_rows import (
 )
 from rlhf_fast.ops._types import CrossEntropyLoss
 from rlhf_fast.ops.reference._common import compute_dtype, token_count
-
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("triton", "cpp", "reference")
 
 
 def linear_cross_entropy(
@@ -68,9 +66,7 @@ def linear_cross_entropy(
     _checks.token_weights("linear_cross_entropy", weights, mask)
     _checks.divisor("linear_cross_entropy", num_tokens)
     head_dtype, dtype = compute_dtype(hidden, weight, bias), compute_dtype(hidden, weight, bias, weights)
-    if backend == "auto" and hidden.is_cuda and dtype == torch.float64:
-        backend = "reference"  # the Triton kernels compute in float32
-    implementation = choose_backend("linear_cross_entropy", backend, IMPLEMENTATIONS, mask.device)
+    implementation = choose_backend("linear_cross_entropy", backend, mask.device, dtype)
     if implementation == "reference":
         return reference.linear_cross_entropy(
             hidden, weight, ids, mask, bias=bias, softcap=softcap, scale=scale, weights=weights, num_tokens=num_tokens
@@ -128,17 +124,6 @@ def _rows(
 
 
 @_rows.register_fake
-def _rows_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    mask: Tensor,
-    bias: Tensor | None,
-    weights: Tensor | None,
-    num_tokens: Tensor,
-    softcap: float | None,
-    scale: float,
-    implementation: str,
-    gradients: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _rows_fake(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, mask, bias, _, num_tokens, *_, gradients = arguments
     return (num_tokens.new_empty(CROSS_ENTROPY_COLUMNS, mask.numel()), *fake_gradients(hidden, weight, bias, gradients))

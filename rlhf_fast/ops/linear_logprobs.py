@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _checks, reference
-from rlhf_fast.ops._dispatch import Backend, Implementation, choose_backend, load_compiled_ops
+from rlhf_fast.ops._dispatch import Backend, choose_backend, load_compiled_ops
 from rlhf_fast.ops._head_chunks import HeadChunks, Rows, fake_gradients
 from rlhf_fast.ops.reference._common import compute_dtype
-
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("triton", "cpp", "reference")
 
 
 @overload
@@ -93,9 +91,7 @@ def linear_logprobs(
     _checks.temperature("linear_logprobs", temperature)
     unless = f"equal to ignore_index ({ignore_index})"
     _checks.ids_in_range("linear_logprobs", ids, weight.shape[0], ids != ignore_index, unless)
-    if backend == "auto" and hidden.is_cuda and compute_dtype(hidden, weight, bias) == torch.float64:
-        backend = "reference"  # the Triton kernels compute in float32
-    implementation = choose_backend("linear_logprobs", backend, IMPLEMENTATIONS, hidden.device)
+    implementation = choose_backend("linear_logprobs", backend, hidden.device, compute_dtype(hidden, weight, bias))
     if implementation != "reference":
         if implementation == "cpp":
             load_compiled_ops()
@@ -149,17 +145,9 @@ def _forward(
 
 @_forward.register_fake
 def _forward_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    scale: float,
-    return_entropy: bool,
-    ignore_index: int,
-    implementation: str,
+    hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    *_, return_entropy, _, _ = options
     logprobs = hidden.new_empty(ids.shape, dtype=compute_dtype(hidden, weight, bias))
     entropy = logprobs.new_empty(ids.shape if return_entropy else (0,))
     return logprobs, entropy, logprobs.new_empty((ids.numel(), 2))
@@ -217,22 +205,8 @@ def _backward(
 
 
 @_backward.register_fake
-def _backward_fake(
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    entropy: Tensor,
-    stats: Tensor,
-    temperature: float,
-    softcap: float | None,
-    scale: float,
-    ignore_index: int,
-    implementation: str,
-    gradients: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, hidden, weight, _, bias, *_, gradients = arguments
     return fake_gradients(hidden, weight, bias, gradients)
 
 

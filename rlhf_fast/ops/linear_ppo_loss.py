@@ -15,8 +15,6 @@ from rlhf_fast.ops._loss_rows import PPO_COLUMNS, ppo_rows_, ppo_summary
 from rlhf_fast.ops._types import PPOLoss
 from rlhf_fast.ops.reference._common import compute_dtype, token_count
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("triton", "cpp", "reference")
-
 
 def linear_ppo_loss(
     hidden: Tensor,
@@ -86,9 +84,7 @@ def linear_ppo_loss(
     _checks.temperature("linear_ppo_loss", temperature)
     head_dtype = compute_dtype(hidden, weight, bias)
     dtype = compute_dtype(hidden, weight, bias, old_logprobs, advantages, weights, ref_logprobs)
-    if backend == "auto" and hidden.is_cuda and dtype == torch.float64:
-        backend = "reference"  # the Triton kernels compute in float32
-    implementation = choose_backend("linear_ppo_loss", backend, IMPLEMENTATIONS, mask.device)
+    implementation = choose_backend("linear_ppo_loss", backend, mask.device, dtype)
     if implementation == "reference":
         return reference.linear_ppo_loss(
             hidden,
@@ -187,27 +183,6 @@ def _rows(
 
 
 @_rows.register_fake
-def _rows_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    bias: Tensor | None,
-    weights: Tensor | None,
-    ref_logprobs: Tensor | None,
-    num_tokens: Tensor,
-    temperature: float,
-    softcap: float | None,
-    scale: float,
-    cliprange: float,
-    cliprange_high: float | None,
-    dual_clip: float | None,
-    kl_coef: float,
-    kl_estimator: str,
-    entropy_coef: float,
-    implementation: str,
-    gradients: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _rows_fake(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, _, _, mask, bias, _, _, num_tokens, *_, gradients = arguments
     return (num_tokens.new_empty(PPO_COLUMNS, mask.numel()), *fake_gradients(hidden, weight, bias, gradients))

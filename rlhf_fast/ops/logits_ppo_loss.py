@@ -18,8 +18,6 @@ from rlhf_fast.ops.gather_logprobs import gather_logprobs
 from rlhf_fast.ops.ppo_loss import ppo_loss
 from rlhf_fast.ops.reference._common import IGNORED, compute_dtype, token_count
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("triton", "cpp", "reference")
-
 
 def logits_ppo_loss(
     logits: Tensor,
@@ -86,9 +84,7 @@ def logits_ppo_loss(
     _checks.ids_in_range("logits_ppo_loss", ids, logits.shape[-1], mask, "masked out")
     _checks.temperature("logits_ppo_loss", temperature)
     dtype = compute_dtype(logits, old_logprobs, advantages, weights, ref_logprobs)
-    if backend == "auto" and logits.is_cuda and dtype == torch.float64:
-        backend = "reference"  # the Triton kernel computes in float32
-    implementation = choose_backend("logits_ppo_loss", backend, IMPLEMENTATIONS, mask.device)
+    implementation = choose_backend("logits_ppo_loss", backend, mask.device, dtype)
     if implementation == "triton" and dtype == torch.float64:
         raise TypeError("logits_ppo_loss: backend 'triton' computes in float32; got float64 arguments")
     arguments = (logits, ids, old_logprobs, advantages, mask)

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from rlhf_fast.config import KLEstimator
 from rlhf_fast.ops import _checks, reference
-from rlhf_fast.ops._dispatch import Backend, Implementation, choose_backend, load_compiled_ops
-from rlhf_fast.ops._token_losses import divisor, for_dtype
+from rlhf_fast.ops._dispatch import Backend, Implementation, choose_backend, divisor, load_compiled_ops
 from rlhf_fast.ops._types import PPOLoss
+from rlhf_fast.ops.reference._common import compute_dtype
 from rlhf_fast.ops.value_loss import value_loss
-
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("triton", "cpp", "reference")
 
 
 def ppo_loss(
@@ -115,8 +113,8 @@ def ppo_loss(
         )
     else:
         value, value_stats = None, {}
-    tensors = (logprobs, old_logprobs, advantages, weights, ref_logprobs, entropy)
-    implementation = choose_backend("ppo_loss", for_dtype(backend, *tensors), IMPLEMENTATIONS, mask.device)
+    dtype = compute_dtype(logprobs, old_logprobs, advantages, weights, ref_logprobs, entropy)
+    implementation = choose_backend("ppo_loss", backend, mask.device, dtype)
     if implementation == "reference":
         result = reference.ppo_loss(logprobs, old_logprobs, advantages, mask, entropy=entropy, **policy)
         return result._replace(value_loss=value, stats=result.stats | value_stats)

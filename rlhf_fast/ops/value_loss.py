@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _checks, reference
-from rlhf_fast.ops._dispatch import Backend, Implementation, choose_backend, load_compiled_ops
-from rlhf_fast.ops._token_losses import divisor, for_dtype
+from rlhf_fast.ops._dispatch import Backend, Implementation, choose_backend, divisor, load_compiled_ops
 from rlhf_fast.ops._types import ValueLoss
-
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("triton", "cpp", "reference")
+from rlhf_fast.ops.reference._common import compute_dtype
 
 
 def value_loss(
@@ -51,9 +49,8 @@ def value_loss(
     _checks.per_token("value_loss", mask, values=values, old_values=old_values, returns=returns)
     _checks.number("value_loss", "cliprange_value", cliprange_value, minimum=0.0)
     _checks.divisor("value_loss", num_tokens)
-    implementation = choose_backend(
-        "value_loss", for_dtype(backend, values, old_values, returns), IMPLEMENTATIONS, mask.device
-    )
+    dtype = compute_dtype(values, old_values, returns)
+    implementation = choose_backend("value_loss", backend, mask.device, dtype)
     if implementation == "reference":
         return reference.value_loss(
             values, old_values, returns, mask, cliprange_value=cliprange_value, num_tokens=num_tokens

@@ -159,29 +159,27 @@ def test_types(op: str, wrong: dict[str, Any], says: str) -> None:
     assert says in str(raised.value)
 
 
-ALL = ("triton", "cpp", "reference")
-
-
 @pytest.mark.parametrize(
-    ("device", "available", "chosen"),
+    ("device", "dtype", "chosen"),
     [
-        ("cuda", ALL, "triton"),
-        ("cpu", ALL, "cpp"),
-        ("mps", ALL, "reference"),
-        ("cuda", ("cpp", "reference"), "reference"),
-        ("cpu", ("triton", "reference"), "reference"),
+        ("cuda", torch.float32, "triton"),
+        ("cuda", torch.bfloat16, "triton"),
+        ("cuda", torch.float64, "reference"),
+        ("cpu", torch.float32, "cpp"),
+        ("cpu", torch.float64, "cpp"),
+        ("mps", torch.float32, "reference"),
     ],
 )
-def test_auto_takes_the_fastest_of_the_device(device: str, available: Any, chosen: str) -> None:
-    assert choose_backend("op", "auto", available, torch.device(device)) == chosen
+def test_auto_takes_the_fastest_of_the_device(device: str, dtype: torch.dtype, chosen: str) -> None:
+    assert choose_backend("op", "auto", torch.device(device), dtype) == chosen
 
 
 def test_a_backend_of_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="op: backend 'triton' is for tensors on a GPU; these are on cpu"):
-        choose_backend("op", "triton", ALL, torch.device("cpu"))
+        choose_backend("op", "triton", torch.device("cpu"), torch.float32)
     with pytest.raises(ValueError, match="op: backend 'cpp' is for tensors on a CPU; these are on cuda:1"):
-        choose_backend("op", "cpp", ALL, torch.device("cuda:1"))
-    assert choose_backend("op", "reference", ALL, torch.device("cuda:1")) == "reference"
+        choose_backend("op", "cpp", torch.device("cuda:1"), torch.float32)
+    assert choose_backend("op", "reference", torch.device("cuda:1"), torch.float32) == "reference"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert choose_backend("op", "triton", ALL, torch.device("cpu")) == "triton"
+    assert choose_backend("op", "triton", torch.device("cpu"), torch.float32) == "triton"

@@ -1,92 +1,42 @@
-"""gather_logprobs' Triton kernels compiled for A100, H100 and B200 without one: what the compiler made of them.
-
-Compiling needs Triton's compiler, not the interpreter that the other tests run with, hence a process of its own: this
-module as a program, which prints what it found.
-"""
+"""gather_logprobs' Triton kernels compiled for A100, H100 and B200 without one: what the compiler made of them."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-CASES = [("bf16", 80), ("bf16", 90), ("bf16", 100), ("fp32", 90)]
+from tests.ops.aot import CASES, assert_fits, assert_row_offsets_have_64_bits, cases, compile_kernel, facts_of
+
 KERNELS = ["forward", "backward"]
-cases = pytest.mark.parametrize(("dtype", "arch"), CASES)
 kernels = pytest.mark.parametrize("kernel", KERNELS)
 
 
-def compile_kernel(kernel: str, dtype: str, arch: int) -> dict[str, Any]:
-    """Compile as the launcher would for a large vocabulary of any size, on any strides."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def compile_one(kernel: str, dtype: str, arch: int) -> dict[str, Any]:
+    """As the launcher would for a large vocabulary of any size, on any strides."""
     from rlhf_fast.kernels import gather_logprobs as module
 
-    function = getattr(module, f"_{kernel}_kernel")
     pointers = dict.fromkeys(("logprobs", "entropy", "stats", "grad_logprobs", "grad_entropy"), "*fp32")
     pointers |= {"ids": "*i64", "logits": f"*{dtype}", "grad_logits": f"*{dtype}"}
     integers = dict.fromkeys(("offset", "inner", "outer_stride", "inner_stride", "vocabulary", "ignore_index"), "i32")
-    types = {**pointers, **integers, "scale": "fp32"}
     constants = {"ENTROPY": True, "SAME_LAYOUT": True, "THREADS": 1024, "VECTOR": 8 if dtype == "bf16" else 4}
-    names = function.arg_names
-    source = ASTSource(
-        fn=function,
-        signature={name: types.get(name, "constexpr") for name in names},
-        constexprs={name: constants[name] for name in names if name in constants},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers},
-    )
     options = {"num_warps": 8, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    ptx = compiled.asm["ptx"]
-    return {
-        "resources": resources(compiled.asm["cubin"]),
-        "shared": compiled.metadata.shared,
-        "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
-        "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
-        "ttir": compiled.asm["ttir"],
-        "ttgir": compiled.asm["ttgir"],
-    }
-
-
-def resources(cubin: bytes) -> str:
-    """What cuobjdump says: REG:.. STACK:.. SHARED:.. LOCAL:.. Spilled registers live on the stack, in local memory."""
-    import triton
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    function = getattr(module, f"_{kernel}_kernel")
+    return compile_kernel(function, arch, {**pointers, **integers, "scale": "fp32"}, constants, options)
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.ops.test_gather_logprobs_aot"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return facts_of("tests.ops.test_gather_logprobs_aot")
 
 
 @cases
 @kernels
 def test_fits_the_machine(compiled: dict[str, dict[str, Any]], kernel: str, dtype: str, arch: int) -> None:
     """No spills; registers and shared memory for two blocks of 256 threads on a multiprocessor."""
-    facts = compiled[f"{kernel} {dtype} {arch}"]
-    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", facts["resources"])}
-    assert usage["STACK"] == usage["LOCAL"] == 0
-    assert usage["REG"] <= 128
-    assert facts["shared"] <= 16 * 1024
+    assert_fits(compiled[f"{kernel} {dtype} {arch}"], registers=128, shared=16 * 1024)
 
 
 @cases
@@ -111,12 +61,8 @@ def test_a_row_is_summed_alike_wherever_it_lies(compiled: dict[str, dict[str, An
 @cases
 @kernels
 def test_row_offsets_have_64_bits(compiled: dict[str, dict[str, Any]], kernel: str, dtype: str, arch: int) -> None:
-    """Strides are multiplied in 64 bits, though they come as 32-bit numbers where they fit."""
-    ttir = compiled[f"{kernel} {dtype} {arch}"]["ttir"]
-    for stride in ("outer_stride", "inner_stride"):
-        assert re.search(rf"arith\.extsi %{stride}\b.* : i32 to i64", ttir)
-        assert not re.search(rf"arith\.muli .*%{stride}\b.* : i32", ttir)
+    assert_row_offsets_have_64_bits(compiled[f"{kernel} {dtype} {arch}"])
 
 
 if __name__ == "__main__":
-    print(json.dumps({f"{k} {d} {a}": compile_kernel(k, d, a) for k in KERNELS for d, a in CASES}))
+    print(json.dumps({f"{k} {d} {a}": compile_one(k, d, a) for k in KERNELS for d, a in CASES}))

@@ -1,7 +1,8 @@
-"""logits_ppo_loss in C++ and in Triton against the reference in float64: what fast code and writing in place get wrong.
+"""logits_ppo_loss in C++ and in Triton against the reference in float64: what fast code gets wrong.
 
-Triton runs on CPU tensors here, by its interpreter (tests/conftest.py). The C++ kernels of the instruction sets that
-this CPU would not choose run in a process of their own, at the end.
+What writing over the logits gets wrong is in test_logits_ppo_loss_in_place.py, the row operators are in
+test_loss_rows.py. Triton runs on CPU tensors here, by its interpreter (tests/conftest.py). The C++ kernels of the
+instruction sets that this CPU would not choose run in a process of their own, at the end.
 """
 
 from __future__ import annotations
@@ -16,78 +17,19 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf_fast import ops
-from rlhf_fast.kernels._rows import rows_are_disjoint
 from rlhf_fast.ops import Backend
-from rlhf_fast.ops._dispatch import Implementation, load_compiled_ops
-from rlhf_fast.ops._loss_rows import cross_entropy_rows_, ppo_rows_, ppo_summary
+from rlhf_fast.ops._dispatch import Implementation
+from tests.ops.logits_loss_cases import ALL, BACKENDS, OPTIONS, backends, doubles, from_a_head, run, tokens
 from tests.ops.op_cases import Normals, close, masks, seeds
-from tests.ops.test_gather_logprobs_backends import DTYPES, ROUNDING, VIEWS, flat, likely_ids, make
-
-BACKENDS: list[Implementation] = ["cpp", "triton"]
-backends = pytest.mark.parametrize("backend", BACKENDS)
+from tests.ops.test_gather_logprobs_backends import DTYPES, ROUNDING, likely_ids, make
 
 # numpy's remarks on inf - inf in the interpreter
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-ALL: dict[str, Any] = {
-    "cliprange": 0.1,
-    "cliprange_high": 0.3,
-    "dual_clip": 1.5,
-    "kl_coef": 0.2,
-    "kl_estimator": "k3",
-    "entropy_coef": 0.05,
-    "num_tokens": 13,
-}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "clip higher": {"cliprange": 0.1, "cliprange_high": 0.5},
-    "dual clip": {"dual_clip": 1.2, "cliprange": 0.05},
-    "k2": {"kl_coef": 0.3, "kl_estimator": "k2"},
-    "k3": {"kl_coef": 0.3, "kl_estimator": "k3"},
-    "entropy": {"entropy_coef": 0.2},
-    "negative entropy": {"entropy_coef": -0.2},
-    "num_tokens": {"num_tokens": 5.5},
-    "num_tokens as a tensor": {"num_tokens": torch.tensor([7])},
-    "temperature": {"temperature": 0.7, "entropy_coef": 0.1},
-    "all": ALL,
-}
-
-
-def tokens(logits: Tensor, ids: Tensor, *, seed: int = 0, temperature: float = 1.0) -> dict[str, Any]:
-    """Per-token arguments: log-ratios of about 0.3, so that all branches of the clipping are taken; a masked token."""
-    normals = Normals(seed)
-    with torch.no_grad():
-        logprobs = ops.reference.gather_logprobs(logits.double(), ids, temperature=temperature)
-        mask = normals(*ids.shape) > -1
-    return {
-        "ids": ids,
-        "old_logprobs": (logprobs + 0.3 * normals(*ids.shape)).float(),
-        "advantages": normals(*ids.shape).float(),
-        "mask": mask,
-        "ref_logprobs": (logprobs + 0.3 * normals(*ids.shape)).float(),
-        "weights": normals(*ids.shape).abs().float(),
-    }
-
-
-def doubles(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in arguments.items()}
-
-
-def from_a_head(logits: Tensor) -> Tensor:
-    """A copy that is nobody else's and no leaf."""
-    return logits.detach().requires_grad_() * 1
-
-
-def run(backend: Backend, logits: Tensor, **arguments: Any) -> tuple[ops.PPOLoss, Tensor]:
-    """The result, and the gradient over logits, which are not a leaf."""
-    result = ops.logits_ppo_loss(logits, backend=backend, **arguments)
-    return result, torch.autograd.grad(result.policy_loss, logits)[0]
 
 
 def compare(backend: Backend, logits: Tensor, arguments: dict[str, Any], tolerance: float = 1e-5) -> None:
@@ -175,117 +117,6 @@ def test_any_alignment(
     assert torch.equal(found.policy_loss, expected.policy_loss)
     assert torch.equal(inside[..., :start], wide[..., :start])
     assert torch.equal(inside[..., start + vocabulary :], wide[..., start + vocabulary :])
-
-
-@backends
-@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_strides(backend: Backend, view: Callable[[Tensor], Tensor]) -> None:
-    """A view gives the same as its copy, back to the whole; what is around it stays; shared rows are not written."""
-    whole = make((2, 4, 21), torch.float32)
-    arguments = tokens(view(whole), likely_ids(view(whole).contiguous())) | ALL
-    plain, leaf = whole.clone().requires_grad_(), whole.clone().requires_grad_()
-    inside = leaf * 1
-    expected = ops.logits_ppo_loss(view(plain).contiguous(), backend=backend, **arguments)
-    found = ops.logits_ppo_loss(view(inside), backend=backend, **arguments)
-    assert torch.equal(found.policy_loss, expected.policy_loss)
-    gradient = torch.autograd.grad(found.policy_loss, leaf)[0]
-    assert torch.equal(gradient, torch.autograd.grad(expected.policy_loss, plain)[0])
-    touched = (inside != whole).any(dim=-1)
-    around = torch.ones_like(whole, dtype=torch.bool)
-    if view(whole).stride(0) != 0:
-        view(around).fill_(False)
-    assert torch.equal(inside.detach()[around], whole[around])
-    assert bool(touched.any()) == rows_are_disjoint(view(whole))
-
-
-@backends
-def test_saved_logits_are_an_error(backend: Backend) -> None:
-    """Whoever saved the logits gets an error instead of the gradient in their place, and so does a second backward."""
-    logits = from_a_head(make((2, 9), torch.float32))
-    squares = logits.square().sum()
-    arguments = tokens(logits, torch.tensor([1, 2])) | {"mask": torch.ones(2, dtype=torch.bool)}
-    loss = ops.logits_ppo_loss(logits, backend=backend, **arguments).policy_loss
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        squares.backward()
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-@backends
-def test_a_later_write_is_an_error(backend: Backend) -> None:
-    logits = from_a_head(make((2, 9), torch.float32))
-    loss = ops.logits_ppo_loss(logits, backend=backend, **tokens(logits, torch.tensor([1, 2]))).policy_loss
-    logits.detach().zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-@backends
-def test_others_who_use_the_logits(backend: Backend) -> None:
-    """Gradients from elsewhere are added, and those who only needed the logits' shape go on."""
-    leaf = make((2, 9), torch.float32).requires_grad_()
-    arguments = tokens(leaf, torch.tensor([1, 2])) | ALL
-    logits = leaf * 1
-    elsewhere = 2 * logits.sum()
-    loss = ops.logits_ppo_loss(logits, backend=backend, **arguments).policy_loss
-    (gradient,) = torch.autograd.grad(loss + elsewhere, leaf)
-    (expected,) = torch.autograd.grad(ops.reference.logits_ppo_loss(leaf, **arguments).policy_loss, leaf)
-    close(gradient, expected + 2, 1e-5)
-
-
-LEAVES: dict[str, Callable[[Tensor], Tensor]] = {
-    "leaf": lambda x: x,
-    "view": lambda x: x[:, :-1],
-    "view of a view": lambda x: x[:1].view(-1, 9),
-}
-
-
-@backends
-@pytest.mark.parametrize("view", LEAVES.values(), ids=LEAVES)
-def test_leaves_are_not_overwritten(backend: Backend, view: Callable[[Tensor], Tensor]) -> None:
-    """They are the caller's. Their gradient can be asked for any number of times, scaled or not."""
-    whole = make((2, 9), torch.float32)
-    leaf = whole.clone().requires_grad_()
-    logits = view(leaf)
-    arguments = tokens(logits, torch.tensor([1, 2])[: len(logits)]) | ALL
-    loss = ops.logits_ppo_loss(logits, backend=backend, **arguments).policy_loss
-    first, scaled, again = (torch.autograd.grad(f * loss, leaf, retain_graph=True)[0] for f in (1, -3, 1))
-    (expected,) = torch.autograd.grad(ops.reference.logits_ppo_loss(view(leaf), **arguments).policy_loss, leaf)
-    close(first, expected, 1e-5)
-    close(scaled, -3 * first, 1e-6)
-    assert torch.equal(first, again)
-    assert torch.equal(leaf.detach(), whole)
-
-
-@backends
-def test_without_a_gradient_the_logits_stay(backend: Backend) -> None:
-    whole = make((2, 3, 50), torch.float32)
-    arguments = tokens(whole, likely_ids(whole)) | ALL
-    expected = ops.logits_ppo_loss(from_a_head(whole), backend=backend, **arguments)
-    with torch.no_grad():
-        logits = whole.clone().requires_grad_()
-        under_no_grad = ops.logits_ppo_loss(logits, backend=backend, **arguments)
-    constant = whole.clone()
-    without = ops.logits_ppo_loss(constant, backend=backend, **arguments)
-    for found in (under_no_grad, without):
-        assert not found.policy_loss.requires_grad
-        close(found.policy_loss, expected.policy_loss.detach(), 1e-6)
-        assert torch.equal(found.stats["logprobs"], expected.stats["logprobs"])
-    assert torch.equal(logits, whole)
-    assert torch.equal(constant, whole)
-    assert logits._version == constant._version == 0
-
-
-@backends
-@pytest.mark.parametrize("factor", [0.0, 1.0, -2.5])
-def test_scaled_loss(backend: Backend, factor: float) -> None:
-    whole = make((2, 3, 50), torch.float32)
-    arguments = tokens(whole, likely_ids(whole)) | ALL
-    leaf = whole.clone().requires_grad_()
-    _, expected = run(backend, from_a_head(whole), **arguments)
-    loss = factor * ops.logits_ppo_loss(leaf * 1, backend=backend, **arguments).policy_loss
-    close(torch.autograd.grad(loss, leaf)[0], factor * expected, 1e-7)
 
 
 @backends
@@ -387,21 +218,6 @@ def test_sums_do_not_depend_on_threads_or_chunks() -> None:
     close(results[0][0].double(), expected.policy_loss.detach(), 1e-6)
 
 
-def test_grid_of_more_rows_than_a_dimension_y_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf_fast.kernels import logits_ppo_loss as module
-
-    class Kernel:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            self.grid = grid
-            return lambda *_, **__: None
-
-    kernel = Kernel()
-    monkeypatch.setattr(module, "_cross_entropy_kernel", kernel)
-    ids = torch.zeros(70_000, dtype=torch.int64)
-    cross_entropy_rows_("triton", torch.zeros(70_000, 2), ids, ids == 0, None, torch.tensor(1.0))
-    assert kernel.grid == (70_000,)
-
-
 @backends
 def test_rows_outside_the_mask(backend: Backend) -> None:
     """They may hold NaN, in the logits and in all else, and ids that are none."""
@@ -451,109 +267,6 @@ def test_bad_logits_are_not_hidden(backend: Backend, bad: float) -> None:
     assert gradient.isnan().any(dim=1).tolist() == [True, False, True]
 
 
-def test_ids_out_of_range() -> None:
-    """In Triton the loss is NaN; in C++ it is an error, before anything is written, also without Python's checks."""
-    logits, ids = make((3, 9), torch.float32), torch.tensor([-1, 2**40, 8])
-    arguments = tokens(logits, torch.tensor([0, 1, 2])) | {"mask": torch.ones(3, dtype=torch.bool)}
-    rest = [arguments[name] for name in ("old_logprobs", "advantages", "mask", "weights", "ref_logprobs")]
-    options: dict[str, Any] = {**ALL, "temperature": 1.0, "num_tokens": torch.tensor(3.0)}
-    found = ppo_rows_("triton", logits.clone(), ids, *rest, **options)
-    assert found[0].isnan().tolist() == found[1].isnan().tolist() == [True, True, False]
-    kept = logits.clone()
-    with pytest.raises(ValueError, match="ids must be from 0 to 8, unless masked out; got -1 in row 0"):
-        ppo_rows_("cpp", kept, ids, *rest, **options)
-    with pytest.raises(ValueError, match="ids must be from 0 to 8, unless masked out; got -1 in row 0"):
-        cross_entropy_rows_("cpp", kept, ids, arguments["mask"], None, torch.tensor(3.0))
-    assert torch.equal(kept, logits)
-
-
-@backends
-def test_offsets_beyond_32_bits(backend: Implementation) -> None:
-    """Rows 2^31 elements apart. The memory between them is never touched, so it is never there."""
-    stride = 2**31 + 40
-    storage = torch.empty(2 * stride + 64, dtype=torch.bfloat16)
-    logits = storage.as_strided((3, 50), (stride, 1))
-    logits.copy_(make((3, 50), torch.bfloat16))
-    copied = logits.clone()
-    arguments = tokens(copied, torch.tensor([49, 3, 48])) | {"mask": torch.ones(3, dtype=torch.bool)}
-    rest = [arguments[name] for name in ("ids", "old_logprobs", "advantages", "mask", "weights", "ref_logprobs")]
-    options: dict[str, Any] = {**ALL, "temperature": 1.0, "num_tokens": torch.tensor(3.0)}
-    found, expected = (ppo_rows_(backend, x, *rest, **options) for x in (logits, copied))
-    assert torch.equal(found, expected)
-    assert torch.equal(logits, copied)
-
-
-@backends
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_cross_entropy(backend: Implementation, dtype: torch.dtype, weighted: bool) -> None:
-    logits = make((4, 1003), dtype, barred=0.2)
-    logits[1, 5] = logits[1, 7] = 70.0  # two that are the largest
-    ids = likely_ids(logits)
-    ids[0] = flat(logits)[0].argmax()
-    ids[1] = 7
-    mask, count = torch.tensor([True, True, True, False]), torch.tensor(3.0)
-    weights = torch.tensor([0.5, 2.0, 3.0, math.nan]) if weighted else None
-    leaf = logits.double().requires_grad_()
-    losses = F.cross_entropy(leaf[:3], ids[:3], reduction="none") * (1 if weights is None else weights[:3])
-    (exact,) = torch.autograd.grad(losses.sum() / 3, leaf)
-
-    gradient = logits.clone()
-    found = cross_entropy_rows_(backend, gradient, ids, mask, weights, count)
-    close(found[1, :3].double(), losses.detach(), 1e-5)
-    close(found[0, :3].double(), torch.log_softmax(leaf, -1).gather(-1, ids[:, None])[:3, 0].detach(), 3e-6)
-    assert found[2].tolist() == [1, 1, float(ids[2] == logits[2].argmax()), 0]
-    assert bool((found[:, 3] == 0).all())
-    torch.testing.assert_close(
-        gradient.double(), exact, rtol=max(ROUNDING[dtype], 1e-5), atol=1e-6 * float(exact.abs().max()) + 1e-7
-    )
-
-
-def test_chunks_put_side_by_side() -> None:
-    """As the linear losses use it: what is found of chunks, summed at once, has the bits of one call."""
-    logits = make((7, 40), torch.float32)
-    arguments = tokens(logits, likely_ids(logits))
-    names = ("old_logprobs", "advantages", "mask", "weights", "ref_logprobs")
-    options: dict[str, Any] = {**ALL, "temperature": 1.0, "num_tokens": torch.tensor(13.0, dtype=torch.float64)}
-    found = torch.cat(
-        [
-            ppo_rows_("cpp", logits[s].clone(), arguments["ids"][s], *(arguments[n][s] for n in names), **options)
-            for s in (slice(0, 3), slice(3, 7))
-        ],
-        dim=1,
-    )
-    summary = ppo_summary(found, arguments["mask"], options["num_tokens"], torch.float32, torch.float32)
-    whole = ops.logits_ppo_loss(from_a_head(logits), backend="cpp", **arguments, **ALL)
-    assert torch.equal(summary.policy_loss, whole.policy_loss)
-    for name, stat in whole.stats.items():
-        assert torch.equal(summary.stats[name], stat)
-
-
-def row_operators(backend: Backend) -> tuple[Any, Any]:
-    if backend == "cpp":
-        load_compiled_ops()
-        cpp = torch.ops.rlhf_fast
-        return cpp._logits_ppo_loss_.default, cpp._logits_cross_entropy_.default
-    from rlhf_fast.kernels import logits_ppo_loss
-
-    return logits_ppo_loss.logits_ppo_loss_, logits_ppo_loss.logits_cross_entropy_
-
-
-@backends
-@pytest.mark.parametrize("optional", [False, True])
-def test_opcheck(backend: Backend, optional: bool) -> None:
-    """Schema (what is written is said), shapes without data, and tracing with unknown sizes."""
-    logits = make((2, 3, 17), torch.float32)
-    a = tokens(logits, likely_ids(logits))
-    weights, ref = (a["weights"], a["ref_logprobs"]) if optional else (None, None)
-    count, options = torch.tensor(4.0), (0.8, 0.9, 1.2, 1.5, 0.1, 3, 0.05)
-    ppo, cross_entropy = row_operators(backend)
-    torch.library.opcheck(
-        ppo, (logits, a["ids"], a["old_logprobs"], a["advantages"], a["mask"], weights, ref, count, *options)
-    )
-    torch.library.opcheck(cross_entropy, (logits, a["ids"], a["mask"], weights, count, 0.8))
-
-
 @backends
 def test_compiled_graph(backend: Backend) -> None:
     """torch.compile takes the op whole, backward pass included."""
@@ -574,16 +287,22 @@ def test_compiled_graph(backend: Backend) -> None:
             close(a, b, 1e-6)
 
 
+FILES = [
+    str(Path(__file__).with_name(name))
+    for name in (Path(__file__).name, "test_logits_ppo_loss_in_place.py", "test_loss_rows.py")
+]
+
+
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_instruction_sets(capability: str) -> None:
-    """The C++ tests of this file once more, in a process where PyTorch is told that the CPU is a lesser one."""
+    """The C++ tests once more, in a process where PyTorch is told that the CPU is a lesser one."""
     if os.environ.get("ATEN_CPU_CAPABILITY"):
         return  # this is that process
     if capability == torch.backends.cpu.get_cpu_capability().lower():
         return  # the tests above were run with it
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(
-        [*command, "-k", "cpp and not opcheck and not compiled", __file__],
+        [*command, "-k", "cpp and not opcheck and not compiled", *FILES],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
         capture_output=True,

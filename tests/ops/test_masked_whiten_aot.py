@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.ops.aot import assert_fits
 from tests.ops.scan_aot import ARCHITECTURES, KERNELS, facts_of
 
 
@@ -11,6 +12,4 @@ def test_kernels() -> None:
     for kernel in KERNELS["masked_whiten"]:
         for arch in ARCHITECTURES:
             found = facts[f"{kernel} {arch}"]
-            assert found["STACK"] == found["LOCAL"] == 0
-            assert found["REG"] <= 128
-            assert found["shared"] <= 16 * 1024
+            assert_fits(found, registers=128, shared=16 * 1024)
