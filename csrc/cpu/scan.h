@@ -97,6 +97,7 @@ inline void scan_tile(Tile<R>& tile, int64_t count, R gamma, R decay, Next<R>& n
 // Rows begin to end - 1. load_rewards(row, first, count, out) writes count masked rewards from column `first` on to out.
 template <typename R, typename LoadRewards>
 void scan_rows(const Scan& args, int64_t begin, int64_t end, LoadRewards load_rewards) {
+  if (args.columns == 0) return;  // then tensors may have no memory at all, not even to copy nothing from
   alignas(64) Tile<R> tile{};
   for (int64_t row = begin; row < end; row += kWidth) {
     const int64_t rows = end - row < kWidth ? end - row : kWidth;  // lanes without a row compute, and are not stored
