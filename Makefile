@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 
-.PHONY: install demo demo-smollm2 test test-sanitizers bench bench-peers lint clean
+.PHONY: install demo demo-smollm2 test test-slow test-sanitizers bench bench-peers lint clean
 
 install: .venv/.demo
 
@@ -41,6 +41,10 @@ lint: .venv/.test
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What takes minutes: long runs, many kills, many ranks.
+test-slow: .venv/.test
+	$(BIN)/python -m pytest -m slow
 
 # The C++ kernels' tests once more under AddressSanitizer and UBSan: minutes of compiling, so not part of `make test`.
 test-sanitizers: .venv/.test
