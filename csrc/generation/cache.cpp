@@ -1,14 +1,9 @@
 #include "cache.h"
 
 #include <algorithm>
-#include <cstring>
-#include <limits>
-#include <new>
 
 namespace rlhf_fast {
 namespace {
-
-constexpr std::align_val_t kAlignment{64};
 
 PageTokens copied(const int32_t* tokens) {
   PageTokens copy;
@@ -18,13 +13,9 @@ PageTokens copied(const int32_t* tokens) {
 
 }  // namespace
 
-Cache::Cache(const CacheLayout& layout, int64_t budget)
-    : page_bytes_(layout.page_bytes()),
-      capacity_(budget > 0 ? budget / page_bytes_ : std::numeric_limits<int64_t>::max()) {}
-
-Cache::~Cache() {
-  for (const auto& page : pages_) ::operator delete(page->data, kAlignment);
-}
+Cache::Cache(Backend& backend, int64_t budget)
+    : backend_(backend),
+      capacity_(budget > 0 ? std::min(budget / backend.page_bytes(), backend.page_limit()) : backend.page_limit()) {}
 
 Page* Cache::allocate() {
   if (available() == 0) return nullptr;
@@ -32,7 +23,7 @@ Page* Cache::allocate() {
     auto page = std::make_unique<Page>();
     free_.reserve(pages_.size() + 1);
     pages_.reserve(pages_.size() + 1);
-    page->data = static_cast<char*>(::operator new(page_bytes_, kAlignment));
+    page->data = backend_.new_page();
     free_.push_back(page.get());
     pages_.push_back(std::move(page));
   }
@@ -45,7 +36,7 @@ Page* Cache::allocate() {
 
 Page* Cache::copy(const Page* page) {
   Page* const fresh = allocate();
-  if (fresh) std::memcpy(fresh->data, page->data, page_bytes_);
+  if (fresh) backend_.copy_page(page->data, fresh->data);
   return fresh;
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "backend.h"
 
 namespace rlhf_fast {
 
@@ -24,16 +25,15 @@ struct Page {
 
 class Cache {
  public:
-  // `budget`: bytes for all pages together; 0: no bound.
-  Cache(const CacheLayout& layout, int64_t budget);
-  ~Cache();
+  // `budget`: bytes for all pages together; 0: as many as the backend has.
+  Cache(Backend& backend, int64_t budget);
   Cache(const Cache&) = delete;
   Cache& operator=(const Cache&) = delete;
 
   int64_t capacity() const { return capacity_; }  // pages
   int64_t available() const { return capacity_ - used_; }
   int64_t used() const { return used_; }
-  int64_t peak_bytes() const { return peak_ * page_bytes_; }
+  int64_t peak_bytes() const { return peak_ * backend_.page_bytes(); }
 
   Page* allocate();  // with one reference; null when the budget is used up
   Page* copy(const Page* page);  // a new page with the same contents, or null
@@ -46,7 +46,8 @@ class Cache {
   void publish(Page* page, const Page* before, const int32_t* tokens);
 
  private:
-  const int64_t page_bytes_, capacity_;
+  Backend& backend_;
+  const int64_t capacity_;
   int64_t used_ = 0, peak_ = 0;
   std::vector<std::unique_ptr<Page>> pages_;
   std::vector<Page*> free_;

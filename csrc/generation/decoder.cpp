@@ -9,7 +9,6 @@
 #include <string>
 
 #include "cache.h"
-#include "forward.h"
 
 namespace rlhf_fast {
 namespace {
@@ -17,9 +16,6 @@ namespace {
 // Prompt tokens that go through the model in one step, beside those that are being decoded: enough for the products'
 // best rate, few enough that activations stay small.
 constexpr int64_t kPrefillTokens = 256;
-
-// Rows whose logits are in memory at once.
-constexpr int64_t kLogitsRows = 64;
 
 int64_t pages_for(int64_t tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
 
@@ -37,15 +33,14 @@ struct Row {
 
 class Loop {
  public:
-  Loop(const Model& model, const std::vector<std::vector<int32_t>>& prompts, const std::vector<Request>& requests,
+  Loop(Backend& backend, const std::vector<std::vector<int32_t>>& prompts, const std::vector<Request>& requests,
        const Options& options, const Callbacks& callbacks, const Output& output)
-      : model_(model),
+      : backend_(backend),
         requests_(requests),
         options_(options),
         callbacks_(callbacks),
         output_(output),
-        cache_(model.cache_layout(), options.cache_bytes),
-        forward_(model),
+        cache_(backend, options.cache_bytes),
         sampling_(options.sampling) {
     sampling_.stop_ids = options.stop_ids.data();
     sampling_.stop_count = int64_t(options.stop_ids.size());
@@ -56,11 +51,11 @@ class Loop {
         throw std::invalid_argument(
             "cache_bytes: " + std::to_string(options.cache_bytes) + " bytes cannot hold one row of " +
             std::to_string(prompt.size()) + " prompt tokens and " + std::to_string(requests[i].limit) +
-            " new ones; that takes " + std::to_string(needed * model.cache_layout().page_bytes()));
+            " new ones; that takes " + std::to_string(needed * backend.page_bytes()));
       }
       auto row = std::make_unique<Row>(Row{i, prompt, int64_t(prompt.size())});
       if (sampling_.repetition_penalty != 1) {
-        row->seen.resize((model.vocabulary + 63) / 64);
+        row->seen.resize((backend.model().vocabulary + 63) / 64);
         for (const int32_t token : prompt) insert(row->seen.data(), token);
       }
       waiting_.push_back(std::move(row));
@@ -70,7 +65,7 @@ class Loop {
   DecodeStats run() {
     while (!(running_.empty() && waiting_.empty()) && stats_.finite) {
       plan();
-      if (!forward_.run(spans_, callbacks_.interrupted)) break;
+      if (!backend_.run(spans_, callbacks_.interrupted)) break;
       ++stats_.steps;
       extend();
       retire();
@@ -176,32 +171,27 @@ class Loop {
 
   // ---- what comes of the pass ---------------------------------------------------------------------------------------
 
-  // A row that gets a token, and which one of the pass it comes after.
-  struct Next {
-    Row* row;
-    int64_t token;
-  };
-
   void extend() {
-    std::vector<Next> sampled;
+    std::vector<Row*> rows;
+    std::vector<Draw> draws;
     int64_t token = 0;
     for (size_t i = 0; i < spans_.size(); ++i) {
       Row* const row = planned_[i];
       token += spans_[i].count;
       row->cached += spans_[i].count;
       if (row->cached < row->size()) continue;
-      sampled.push_back({row, token - 1});
-      if (row->generated() == 0) fork(*row, token - 1, sampled);
+      rows.push_back(row);
+      if (row->generated() == 0) fork(*row, rows);
+      while (draws.size() < rows.size()) draws.push_back(draw_for(*rows[draws.size()], token - 1));
     }
-    for (size_t begin = 0; begin < sampled.size(); begin += kLogitsRows) {
-      const size_t end = std::min(sampled.size(), begin + kLogitsRows);
-      draw({sampled.begin() + begin, sampled.begin() + end});
-    }
-    ask_who_stops(sampled);
+    std::vector<Sampled> drawn(draws.size());
+    backend_.draw(draws, sampling_, drawn.data());
+    for (size_t i = 0; i < rows.size(); ++i) add(drawn[i], *rows[i]);
+    ask_who_stops(rows);
   }
 
   // Rows that wait with the same prompt start from a copy: they share its full pages and its logits.
-  void fork(const Row& row, int64_t token, std::vector<Next>& sampled) {
+  void fork(const Row& row, std::vector<Row*>& rows) {
     const int64_t prompt = requests_[row.index].prompt, full = row.cached / kPageTokens;
     for (auto next = waiting_.begin();
          next != waiting_.end() && int64_t(running_.size()) < options_.max_rows;) {
@@ -218,54 +208,42 @@ class Loop {
       copy.pages.insert(copy.pages.begin(), row.pages.begin(), row.pages.begin() + full);
       for (int64_t page = 0; page < full; ++page) cache_.share(row.pages[page]);
       copy.cached = row.cached;
-      sampled.push_back({&copy, token});
+      rows.push_back(&copy);
       running_.push_back(std::move(*next));
       next = waiting_.erase(next);
     }
   }
 
-  void draw(const std::vector<Next>& some) {
-    // Copies of a row come one after another and have the same logits.
-    std::vector<int64_t> tokens, place;
-    for (const Next& s : some) {
-      if (tokens.empty() || tokens.back() != s.token) tokens.push_back(s.token);
-      place.push_back(int64_t(tokens.size()) - 1);
-    }
-    const float* const logits = forward_.logits(tokens);
-    const int64_t count = int64_t(some.size());
-    bool finite = true;
-#pragma omp parallel for schedule(dynamic) reduction(&& : finite) if (count > 1)
-    for (int64_t i = 0; i < count; ++i) {
-      Row& row = *some[i].row;
-      const int64_t at = row.index * output_.width + row.generated();
-      const Request& request = requests_[row.index];
-      const Place where{request.seed, request.sample, uint32_t(row.generated())};
-      const uint64_t* const seen = row.seen.empty() ? nullptr : row.seen.data();
-      const Sampled drawn = sample(logits + place[i] * model_.vocabulary, model_.vocabulary, sampling_, where, seen);
-      if (seen) insert(row.seen.data(), drawn.token);
-      row.tokens.push_back(drawn.token);
-      output_.tokens[at] = drawn.token;
-      output_.mask[at] = true;
-      output_.logprobs[at] = drawn.logprob;
-      output_.sampled_logprobs[at] = drawn.sampled_logprob;
-      finite = finite && !std::isnan(drawn.logprob);
-    }
-    stats_.finite = stats_.finite && finite;
+  Draw draw_for(const Row& row, int64_t after) const {
+    const Request& request = requests_[row.index];
+    const Place place{request.seed, request.sample, uint32_t(row.generated())};
+    return {after, place, row.seen.empty() ? nullptr : row.seen.data()};
   }
 
-  void ask_who_stops(const std::vector<Next>& sampled) {
+  void add(const Sampled& drawn, Row& row) {
+    const int64_t at = row.index * output_.width + row.generated();
+    output_.tokens[at] = drawn.token;
+    output_.mask[at] = true;
+    output_.logprobs[at] = drawn.logprob;
+    output_.sampled_logprobs[at] = drawn.sampled_logprob;
+    row.tokens.push_back(drawn.token);
+    if (!row.seen.empty()) insert(row.seen.data(), drawn.token);
+    stats_.finite = stats_.finite && !std::isnan(drawn.logprob);
+  }
+
+  void ask_who_stops(const std::vector<Row*>& sampled) {
     std::vector<int64_t> rows;
     std::vector<int32_t> tokens;
-    for (const Next& s : sampled) {
-      const int32_t token = s.row->tokens.back();
-      Finish& finish = output_.finish[s.row->index];
+    for (const Row* row : sampled) {
+      const int32_t token = row->tokens.back();
+      Finish& finish = output_.finish[row->index];
       if (std::binary_search(options_.stop_ids.begin(), options_.stop_ids.end(), token)) {
         finish = Finish::stop;
-      } else if (s.row->generated() == requests_[s.row->index].limit) {
+      } else if (row->generated() == requests_[row->index].limit) {
         finish = Finish::length;
       }
       if (finish == Finish::stop) continue;
-      rows.push_back(s.row->index);
+      rows.push_back(row->index);
       tokens.push_back(token);
     }
     if (!callbacks_.stopped || rows.empty()) return;
@@ -283,13 +261,12 @@ class Loop {
     running_.erase(std::remove_if(running_.begin(), running_.end(), finished), running_.end());
   }
 
-  const Model& model_;
+  Backend& backend_;
   const std::vector<Request>& requests_;
   const Options& options_;
   const Callbacks& callbacks_;
   const Output& output_;
   Cache cache_;
-  Forward forward_;
   SamplingOptions sampling_;
   DecodeStats stats_;
   std::deque<std::unique_ptr<Row>> waiting_;
@@ -300,10 +277,10 @@ class Loop {
 
 }  // namespace
 
-DecodeStats decode(const Model& model, const std::vector<std::vector<int32_t>>& prompts,
+DecodeStats decode(Backend& backend, const std::vector<std::vector<int32_t>>& prompts,
                    const std::vector<Request>& requests, const Options& options, const Callbacks& callbacks,
                    const Output& output) {
-  return Loop(model, prompts, requests, options, callbacks, output).run();
+  return Loop(backend, prompts, requests, options, callbacks, output).run();
 }
 
 }  // namespace rlhf_fast

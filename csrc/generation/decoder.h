@@ -5,7 +5,7 @@
 #include <functional>
 #include <vector>
 
-#include "model.h"
+#include "backend.h"
 #include "sampler.h"
 
 namespace rlhf_fast {
@@ -53,7 +53,7 @@ struct DecodeStats {
 };
 
 // Completes all requests. Throws std::invalid_argument when the cache cannot hold a row alone.
-DecodeStats decode(const Model& model, const std::vector<std::vector<int32_t>>& prompts,
+DecodeStats decode(Backend& backend, const std::vector<std::vector<int32_t>>& prompts,
                    const std::vector<Request>& requests, const Options& options, const Callbacks& callbacks,
                    const Output& output);
 

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "bindings.h"
+#include "cpu_backend.h"
 #include "decoder.h"
 
 namespace py = pybind11;
@@ -45,7 +46,7 @@ class Interrupted {
 
 using Stopped = std::function<std::vector<bool>(const std::vector<int64_t>&, const std::vector<int32_t>&)>;
 
-DecodeStats decode_at(const Model& model, const std::vector<std::vector<int32_t>>& prompts,
+DecodeStats decode_at(Backend& backend, const std::vector<std::vector<int32_t>>& prompts,
                       const std::vector<Request>& requests, const Options& options, int threads,
                       uintptr_t abort, std::optional<Stopped> stopped, int64_t width, uintptr_t tokens, uintptr_t mask,
                       uintptr_t logprobs, uintptr_t sampled_logprobs, uintptr_t finish) {
@@ -59,7 +60,7 @@ DecodeStats decode_at(const Model& model, const std::vector<std::vector<int32_t>
   if (stopped) callbacks.stopped = *std::move(stopped);  // takes the GIL itself
   omp_set_num_threads(threads);
   py::gil_scoped_release released;
-  return decode(model, prompts, requests, options, callbacks, output);
+  return decode(backend, prompts, requests, options, callbacks, output);
 }
 
 void bind_model(py::module_& m) {
@@ -173,7 +174,9 @@ void bind_decoder(py::module_& m) {
       .def_readonly("evictions", &DecodeStats::evictions)
       .def_readonly("peak_cache_bytes", &DecodeStats::peak_cache_bytes)
       .def_readonly("finite", &DecodeStats::finite);
-  m.def("decode", &decode_at, "model"_a, "prompts"_a, "requests"_a, "options"_a, "threads"_a, "abort"_a, "stopped"_a,
+  py::class_<Backend>(m, "Backend");
+  py::class_<CpuBackend, Backend>(m, "CpuBackend").def(py::init<const Model&>(), "model"_a, py::keep_alive<1, 2>());
+  m.def("decode", &decode_at, "backend"_a, "prompts"_a, "requests"_a, "options"_a, "threads"_a, "abort"_a, "stopped"_a,
         "width"_a, "tokens"_a, "mask"_a, "logprobs"_a, "sampled_logprobs"_a, "finish"_a,
         "Completes the requests; results go to row i of the tensors. abort: an int32 that ends the call when not 0.");
 }

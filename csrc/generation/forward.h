@@ -5,24 +5,16 @@
 #include <functional>
 #include <vector>
 
+#include "backend.h"
 #include "model.h"
 
 namespace rlhf_fast {
-
-// Consecutive tokens of one sequence, with pages for all positions up to the last one.
-struct Span {
-  std::vector<char*> pages;
-  const int32_t* tokens;
-  int64_t position;  // of the first
-  int64_t count;
-};
 
 class Forward {
  public:
   explicit Forward(const Model& model) : model_(model), layout_(model.cache_layout()) {}
 
-  // Runs all blocks, writes keys and values to the pages. A span may see pages that another span fills in the same
-  // pass. Between layers it asks `interrupted` and returns false when that says so, with nothing to be used.
+  // As Backend::run.
   bool run(const std::vector<Span>& spans, const std::function<bool()>& interrupted);
 
   // Logits [tokens.size(), vocabulary] of some of the pass's tokens, counted over all spans.

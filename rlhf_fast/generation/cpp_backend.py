@@ -60,7 +60,7 @@ def decode(
         return [watchers[row].add(token) for row, token in zip(rows, new, strict=True)]
 
     stats = cpp.decode(
-        spec.model,
+        cpp.CpuBackend(spec.model),
         prompts,
         [cpp.Request(r.prompt, r.limit, r.seed % 2**64, r.sample) for r in requests],
         _options(cpp, params, stop_ids, max_batch_size, cache_bytes),
