@@ -1,0 +1,169 @@
+// Where threads wait for each other: the block's barrier, and meetings of a warp's lanes.
+//
+// What CUDA leaves undefined is an error here: a barrier that some threads meet in another line or not at all, lanes of
+// one warp in different calls, a mask that names a lane which has returned or does not name the caller.
+#include "barriers.h"
+
+#include "../collectives.h"
+#include "checker.h"
+#include "machine.h"
+
+namespace cuda_on_cpu {
+namespace {
+
+void wait(const char* name, unsigned mask, Site site) {
+  Thread& self = *machine.current;
+  self.waits_in = name;
+  self.mask = mask;
+  self.site = site;
+}
+
+void check_same_site() {
+  const Thread* first = nullptr;
+  for (int i = 0; i < machine.count; ++i) {
+    const Thread& thread = machine.threads[i];
+    if (thread.finished) continue;
+    if (!first) first = &thread;
+    if (thread.site == first->site) continue;
+    fail("divergent barrier: thread %d is in %s at %s:%d, thread %d in %s at %s:%d", first->id, first->waits_in,
+         first->site.file, first->site.line, thread.id, thread.waits_in, thread.site.file, thread.site.line);
+  }
+  if (machine.unfinished < machine.count) {
+    fail("%s at %s:%d is reached by %d of %d threads: the others have returned", first->waits_in, first->site.file,
+         first->site.line, machine.unfinished, machine.count);
+  }
+}
+
+void open_barrier(Vote vote) {
+  check_same_site();
+  static int ids[kMostThreads];
+  int count = 0, votes = 0;
+  for (int i = 0; i < machine.count; ++i) {
+    Thread& thread = machine.threads[i];
+    thread.waits_in = nullptr;
+    votes += thread.predicate != 0;
+    ids[count++] = i;
+  }
+  machine.barrier_result = vote == Vote::count ? votes : vote == Vote::all ? votes == count : votes > 0;
+  machine.at_barrier = 0;
+  checker_orders_block();
+  make_ready(ids, count);
+}
+
+Meeting& join(Warp& warp, const char* name, unsigned mask, Site site) {
+  const Thread& self = *machine.current;
+  Meeting* free = nullptr;
+  for (Meeting& meeting : warp.meetings) {
+    if (meeting.arrived == 0) {
+      if (!free) free = &meeting;
+      continue;
+    }
+    if (meeting.to_leave > 0 || meeting.mask != mask || meeting.arrived >> self.lane() & 1) continue;
+    if (meeting.site == site) return meeting;
+    fail("lanes of one warp meet in different calls: %s at %s:%d and %s at %s:%d", meeting.name, meeting.site.file,
+         meeting.site.line, name, site.file, site.line);
+  }
+  if (!free) fail("%s at %s:%d: too many meetings of one warp at once", name, site.file, site.line);
+  free->name = name;
+  free->site = site;
+  free->mask = mask;
+  return *free;
+}
+
+unsigned checked_mask(const char* name, unsigned mask, Site site) {
+  const Thread& self = *machine.current;
+  const Warp& warp = machine.warps[self.warp()];
+  if (mask == ~0u) mask = warp.lanes;  // a full mask in a block's last warp means the lanes that it has
+  const unsigned missing = mask & ~warp.lanes, finished = mask & warp.finished;
+  if (!(mask >> self.lane() & 1)) {
+    fail("%s at %s:%d: lane %d calls with mask %08x, which does not name it", name, site.file, site.line, self.lane(),
+         mask);
+  }
+  if (missing) {
+    fail("%s at %s:%d: mask %08x names lanes %08x, which the block does not have", name, site.file, site.line, mask,
+         missing);
+  }
+  if (finished) {
+    fail("%s at %s:%d: mask %08x names lanes %08x, which have returned", name, site.file, site.line, mask, finished);
+  }
+  return mask;
+}
+
+void open_meeting(Meeting& meeting, Finish finish) {
+  const int first = machine.current->warp() * kWarpThreads;
+  if (finish) finish(meeting.values, meeting.mask);
+  int ids[kWarpThreads], count = 0;
+  for (int i = 0; i < kWarpThreads; ++i) {
+    if (!(meeting.mask >> i & 1)) continue;
+    machine.threads[first + i].waits_in = nullptr;
+    ids[count++] = first + i;
+  }
+  meeting.to_leave = count;
+  make_ready(ids, count);
+}
+
+}  // namespace
+
+bool dropped(const Site& site) {
+  if (machine.record_sites) {
+    bool known = false;
+    for (const Site& other : machine.sites) known |= other == site;
+    if (!known) machine.sites.push_back(site);
+  }
+  if (machine.dropped.line != site.line) return false;
+  const size_t length = strlen(site.file), end = strlen(machine.dropped.file);
+  return end <= length && strcmp(site.file + length - end, machine.dropped.file) == 0;
+}
+
+int lane() { return machine.current->lane(); }
+
+int block_barrier(const char* name, int predicate, Vote vote, Site site) {
+  if (dropped(site)) return predicate;
+  check_sanitizers();
+  Thread& self = *machine.current;
+  wait(name, 0, site);
+  self.predicate = predicate;
+  if (++machine.at_barrier == machine.unfinished) open_barrier(vote);
+  give_way();
+  return machine.barrier_result;
+}
+
+void thread_finished() {
+  if (machine.unfinished > 0 && machine.at_barrier == machine.unfinished) check_same_site();
+}
+
+uint64_t meet(const char* name, unsigned mask, uint64_t value, int source, Site site, Finish finish) {
+  check_sanitizers();
+  mask = checked_mask(name, mask, site);
+  if (!(mask >> source & 1)) {
+    fail("%s at %s:%d: lane %d reads lane %d, which is not in mask %08x", name, site.file, site.line, lane(), source,
+         mask);
+  }
+  const int self = lane();
+  Meeting& meeting = join(machine.warps[machine.current->warp()], name, mask, site);
+  meeting.values[self] = value;
+  meeting.arrived |= 1u << self;
+  wait(name, mask, site);
+  if (meeting.arrived == mask) open_meeting(meeting, finish);
+  give_way();
+  const uint64_t result = meeting.values[source];
+  if (--meeting.to_leave == 0) meeting.arrived = 0;
+  return result;
+}
+
+void warp_barrier(unsigned mask, Site site) {
+  if (dropped(site)) return;
+  meet("__syncwarp", mask, 0, lane(), site, [](uint64_t*, unsigned lanes) { checker_orders_lanes(lanes); });
+}
+
+void ballot(uint64_t* values, unsigned mask) {
+  unsigned votes = 0;
+  for (int i = 0; i < kWarpThreads; ++i) votes |= unsigned((mask >> i & 1) && values[i]) << i;
+  for (int i = 0; i < kWarpThreads; ++i) values[i] = votes;
+}
+
+void thread_fence(Site site) {
+  if (!dropped(site)) checker_fences();
+}
+
+}  // namespace cuda_on_cpu

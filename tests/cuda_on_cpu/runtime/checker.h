@@ -1,0 +1,42 @@
+// What the machine tells the checker: which memory is touched, and what orders it. Only the build "checker" has one.
+#pragma once
+
+#include <string>
+
+namespace cuda_on_cpu {
+
+enum class Access {
+  read,
+  write,
+  atomic,
+  copy_begins,  // an asynchronous copy: from here on nobody may touch its target,
+  copy_ends,    // until the thread that asked for it has waited; then it is that thread's write
+};
+
+#if defined(CUDA_ON_CPU_CHECKER)
+void watch(const void* address, int bytes, Access access, const void* caller);
+void checker_starts_launch();
+void checker_starts_block();
+void checker_orders_block();                // __syncthreads
+void checker_orders_lanes(unsigned lanes);  // __syncwarp, of the warp that runs
+void checker_fences();                      // __threadfence, by the thread that runs
+#else
+inline void watch(const void*, int, Access, const void*) {}
+inline void checker_starts_launch() {}
+inline void checker_starts_block() {}
+inline void checker_orders_block() {}
+inline void checker_orders_lanes(unsigned) {}
+inline void checker_fences() {}
+#endif
+
+// What AddressSanitizer has found since the last call becomes the report.
+#if defined(CUDA_ON_CPU_ASAN)
+void check_sanitizers();
+#else
+inline void check_sanitizers() {}
+#endif
+
+// "file:line" of the instruction before the address, as the debugging information has it.
+std::string where(const void* address);
+
+}  // namespace cuda_on_cpu
