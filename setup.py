@@ -26,6 +26,7 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "transformers>=5",
         "deepspeed>=0.19.8",
+        "peft>=0.19",
         "pybind11",
         "ninja",
         "datasets>=4",

@@ -25,7 +25,7 @@ from rlhf_fast.errors import BuildError
 
 Status = Literal["ok", "missing", "problem", "optional"]
 
-REQUIRED = {"transformers": "5", "deepspeed": "0.18", "triton": "3.6"}
+REQUIRED = {"transformers": "5", "deepspeed": "0.18", "peft": "0.19", "triton": "3.6"}
 OPTIONAL = {
     "wandb": "curves on a server: report_to: [wandb]",
     "chatterbot_corpus": "the data of `make demo`",

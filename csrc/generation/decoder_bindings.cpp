@@ -7,9 +7,11 @@
 #include <omp.h>
 
 #include <chrono>
+#include <memory>
 #include <optional>
 #include <utility>
 
+#include "adapter.h"
 #include "bindings.h"
 #include "cpu_backend.h"
 #include "decoder.h"
@@ -90,13 +92,15 @@ void bind_model(py::module_& m) {
              return Embedding{pointer<const void>(weight), type, row_stride, scale};
            }),
            "weight"_a = 0, "type"_a = WeightType::float32, "row_stride"_a = 0, "scale"_a = 1);
+  py::class_<Adapter, std::shared_ptr<Adapter>> adapter(m, "Adapter");
   py::class_<Linear>(m, "Linear")
       .def(py::init([](uintptr_t weight, WeightType type, int64_t out, int64_t in, int64_t row_stride, bool transposed,
-                       uintptr_t bias) {
+                       uintptr_t bias, std::shared_ptr<Adapter> adapter) {
              return Linear{pointer<const void>(weight), type, out, in, row_stride, transposed,
-                           pointer<const void>(bias)};
+                           pointer<const void>(bias), std::move(adapter)};
            }),
-           "weight"_a, "type"_a, "out"_a, "in"_a, "row_stride"_a, "transposed"_a, "bias"_a);
+           "weight"_a, "type"_a, "out"_a, "in"_a, "row_stride"_a, "transposed"_a, "bias"_a, "adapter"_a = py::none());
+  adapter.def(py::init<Linear, Linear, float>(), "down"_a, "up"_a, "scale"_a);
   py::class_<Heads>(m, "Heads")
       .def(py::init<>())
       .def_readwrite("query_heads", &Heads::query_heads)

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "../cpu/choose_isa.h"
+#include "adapter.h"
 
 namespace rlhf_fast {
 namespace {
@@ -22,15 +23,11 @@ void for_each(int64_t tokens, int64_t size, Use use) {
   for (int64_t token = 0; token < tokens; ++token) use(token);
 }
 
-// The products side by side: product i fills its part of each row of y. Returns the row's size.
-int64_t linear_row(const std::vector<Linear>& layers) {
+// The size of a row that holds the layers' outputs side by side.
+int64_t linear_row(std::span<const Linear> layers) {
   int64_t size = 0;
   for (const Linear& layer : layers) size += layer.out;
   return size;
-}
-
-void linear_side_by_side(const std::vector<Linear>& layers, const float* x, int64_t rows, float* y) {
-  linear(layers.data(), int64_t(layers.size()), x, rows, layers[0].in, y, linear_row(layers));
 }
 
 void grow(std::vector<float>& buffer, int64_t size) {
@@ -92,7 +89,7 @@ void Forward::embed(const std::vector<Span>& spans) {
     }
   }
   if (!direct) {
-    linear(model_.embedding_out[0], normed_.data(), tokens_, width, hidden_.data(), size);
+    project(model_.embedding_out, normed_.data(), hidden_.data());
     RLHF_FAST_KERNEL(isa(), round_to)(model_.type, hidden_.data(), tokens_ * size);
   }
   if (!model_.positions.weight) return;
@@ -115,7 +112,7 @@ const float* Forward::logits(const std::vector<int64_t>& tokens) {
   const float* x = normed_.data();
   for (const Linear& layer : model_.hidden_out) {
     grow(projected_, count * layer.out);
-    linear(layer, x, count, size, projected_.data(), layer.out);
+    adapted_linear(model_.type, &layer, 1, x, count, size, projected_.data(), layer.out, scratch_);
     RLHF_FAST_KERNEL(isa(), round_to)(model_.type, projected_.data(), count * layer.out);
     x = projected_.data();
   }
@@ -133,7 +130,7 @@ void Forward::attention(const Layer& layer, int64_t index, const std::vector<Spa
   const int64_t attended = heads.query_heads * heads.size;
   grow(projected_, tokens_ * row);
   grow(attended_, tokens_ * attended);
-  linear_side_by_side(layer.attention_in, normed_.data(), tokens_, projected_.data());
+  project(layer.attention_in, normed_.data(), projected_.data());
 
   std::vector<Task> tasks;
   int64_t first = 0;
@@ -206,7 +203,7 @@ void Forward::attention(const Layer& layer, int64_t index, const std::vector<Spa
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < pieces; ++i) attend_head(tasks[i / heads.key_value_heads], i % heads.key_value_heads, own);
   }
-  linear(layer.attention_out, attended_.data(), tokens_, attended, out_.data(), model_.hidden);
+  project({&layer.attention_out, 1}, attended_.data(), out_.data());
 }
 
 // out_ = the MLP's output of normed_.
@@ -214,13 +211,19 @@ void Forward::mlp(const Layer& layer) {
   const int64_t row = linear_row(layer.mlp_in), inner = layer.mlp_out.in;
   grow(projected_, tokens_ * row);
   grow(inner_, tokens_ * inner);
-  linear_side_by_side(layer.mlp_in, normed_.data(), tokens_, projected_.data());
+  project(layer.mlp_in, normed_.data(), projected_.data());
   for_each(tokens_, row, [&](int64_t token) {
     const float* const x = &projected_[token * row];
     const float* const factor = model_.gated ? x + inner : nullptr;
     RLHF_FAST_KERNEL(isa(), activate)(model_.type, model_.activation, x, factor, &inner_[token * inner], inner);
   });
-  linear(layer.mlp_out, inner_.data(), tokens_, inner, out_.data(), model_.hidden);
+  project({&layer.mlp_out, 1}, inner_.data(), out_.data());
+}
+
+// y [tokens, outputs side by side] of x [tokens, in], both without gaps.
+void Forward::project(std::span<const Linear> layers, const float* x, float* y) {
+  adapted_linear(model_.type, layers.data(), int64_t(layers.size()), x, tokens_, layers[0].in, y, linear_row(layers),
+                 scratch_);
 }
 
 void Forward::norm(const Norm& norm, std::vector<float>& x, std::vector<float>& y) {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <vector>
 
 #include "backend.h"
@@ -24,6 +25,7 @@ class Forward {
   void embed(const std::vector<Span>& spans);
   void attention(const Layer& layer, int64_t index, const std::vector<Span>& spans);
   void mlp(const Layer& layer);
+  void project(std::span<const Linear> layers, const float* x, float* y);
   void norm(const Norm& norm, std::vector<float>& x, std::vector<float>& y);
   void add(const Norm& norm, std::vector<float>& x, std::vector<float>& y);
 

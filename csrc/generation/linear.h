@@ -6,12 +6,15 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 #include "../cpu/choose_isa.h"
 
 namespace rlhf_fast {
 
 enum class WeightType { float32, bfloat16, float16 };
+
+struct Adapter;  // in adapter.h
 
 // A layer's weights where they lie. Sizes are 1 or more.
 struct Linear {
@@ -21,6 +24,7 @@ struct Linear {
   int64_t row_stride;  // from one row of `weight` to the next, in elements
   bool transposed;
   const void* bias;  // [out], of the weights' type, or null
+  std::shared_ptr<const Adapter> adapter = nullptr;  // adapted_linear adds what it gives; linear leaves it out
 };
 
 #define RLHF_FAST_DECLARE(isa)                                                                                   \

@@ -47,6 +47,10 @@ def describe(model: nn.Module, positions: int) -> Spec:
 
     Raises UnsupportedError. BuildError: the decoder cannot be compiled.
     """
+    if _full_name(model) == "peft.peft_model.PeftModelForCausalLM":
+        wrapper: Any = model
+        if getattr(wrapper.base_model, "prefix", None) == "lora_":
+            model = wrapper.get_base_model()  # with its adapters, which are layers of it
     name = type(model).__name__
     if name not in _FAMILIES:
         raise UnsupportedError(f"{name} is not among its families")
@@ -55,7 +59,17 @@ def describe(model: nn.Module, positions: int) -> Spec:
             raise UnsupportedError(f"{path or name} has forward hooks")
         if "forward" in vars(module):
             raise UnsupportedError(f"{path or name} has a forward of its own")
+        if _is_of_peft(module) and _full_name(module) != "peft.tuners.lora.layer.Linear":
+            raise UnsupportedError(f"{path} is a {_full_name(module)}; of adapters it knows LoRA's on linear layers")
     return _Describer(model, positions).spec()
+
+
+def _full_name(module: Any) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _is_of_peft(module: Any) -> bool:
+    return _full_name(module).startswith("peft.")
 
 
 class _Describer:
@@ -70,10 +84,13 @@ class _Describer:
     def spec(self) -> Spec:
         out = self.cpp.Model()
         _FAMILIES[type(self.model).__name__](self, out)
+        output = self.model.get_output_embeddings()
+        if _is_of_peft(output):
+            raise UnsupportedError("an adapter on the head")
         head = LMHead(self.model)
-        out.head = self.linear(self.model.get_output_embeddings())
+        out.head = self.linear(output)
         out.logit_scale, out.logit_cap = head.scale, head.softcap or 0.0
-        out.vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        out.vocabulary = output.weight.shape[0]
         out.heads, out.layers = self.heads, self.layers
         out.eager = self.config._attn_implementation == "eager"
         out.type = self.dtype(self.model.get_input_embeddings().weight)
@@ -100,6 +117,10 @@ class _Describer:
         return tensor
 
     def linear(self, module: Any) -> Any:
+        """A linear layer, and the adapter that PEFT has put around it."""
+        adapter = None
+        if _is_of_peft(module):
+            adapter, module = self.adapter(module), module.get_base_layer()
         if type(module) is nn.Linear:
             transposed, shape = False, (module.out_features, module.in_features)
         elif type(module) is Conv1D:
@@ -113,8 +134,24 @@ class _Describer:
                 raise UnsupportedError(f"a bias in {module.bias.dtype} beside weights in {weight.dtype}")
             bias = self.plain(module.bias, (size_out,), module).data_ptr()
         return self.cpp.Linear(
-            weight.data_ptr(), self.dtype(weight), size_out, size_in, weight.stride(0), transposed, bias
+            weight.data_ptr(), self.dtype(weight), size_out, size_in, weight.stride(0), transposed, bias, adapter
         )
+
+    def adapter(self, module: Any) -> Any:
+        """What a LoRA layer of PEFT adds; None while it adds nothing: switched off, or merged into the weight."""
+        active = [name for name in module.active_adapters if name in module.lora_A]
+        if module.disable_adapters or module.merged or not active:
+            return None
+        if len(active) > 1:
+            raise UnsupportedError(f"{len(active)} active adapters on a layer: {', '.join(active)}")
+        if active[0] in module.lora_variant:
+            raise UnsupportedError(f"a variant of LoRA, {type(module.lora_variant[active[0]]).__name__}")
+        down, up = module.lora_A[active[0]], module.lora_B[active[0]]
+        if down.weight.dtype not in (torch.float32, module.get_base_layer().weight.dtype):
+            raise UnsupportedError(
+                f"an adapter in {down.weight.dtype} beside weights in {module.get_base_layer().weight.dtype}"
+            )
+        return self.cpp.Adapter(self.linear(down), self.linear(up), module.scaling[active[0]])
 
     def norm(self, module: Any, *, plus_one: bool = False) -> Any:
         """A LayerNorm (transformers' and torch's), or else an RMSNorm; `plus_one`: it multiplies by 1 + weight."""

@@ -15,6 +15,7 @@ from rlhf_fast.generation.model_spec import _FAMILIES
 from tests.conftest import save_tiny_llama
 from tests.families import tiny_config
 from tests.generation.test_cpp_backend import SHAPES
+from tests.generation.test_lora import ADAPTED
 
 PAGE = (Path(__file__).parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
 
@@ -40,7 +41,8 @@ def test_the_table_of_families_is_what_the_decoder_is_tried_with() -> None:
     tried: dict[str, list[str]] = {}
     for family, changes in SHAPES:
         tried.setdefault(family, []).extend(f"`{name}={_short(value)}`" for name, value in changes.items())
-    lines = ["| model_type | tried plain, and with |", "|---|---|"]
+    assert {family for family, _ in ADAPTED} == set(tried)
+    lines = ["| model_type | tried plain, with LoRA on all linear layers, and with |", "|---|---|"]
     for family, settings in tried.items():
         lines.append(f"| {tiny_config(family).model_type} | {', '.join(dict.fromkeys(settings))} |")
     classes = {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[tiny_config(family).model_type] for family in tried}
