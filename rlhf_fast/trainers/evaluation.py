@@ -37,5 +37,5 @@ def evaluate_policy(config: PPOConfig, model_path: str) -> dict[str, float]:
     generator = Generator(model, tokenizer, max_batch_size=config.rollout_batch_size, ops_backend=config.ops_backend)
     reward = load_reward(config.reward, timeout=config.reward_timeout, device=str(world.device))
     mine = prompts[: config.num_eval_prompts][world.rank :: world.world_size]
-    rollout = sample(generator, mine, config, chat=chat, step=0, rank=world.rank)
+    rollout = sample(generator, mine, config, chat=chat, step=0, world=world)
     return score(reward, tokenizer, mine, rollout).metrics(world)

@@ -69,9 +69,13 @@ def sample(
     *,
     chat: ChatFormat,
     step: int,
-    rank: int,
+    world: World,
 ) -> Rollout:
-    """Complete each prompt num_generations times; step 0 is evaluation: once, always with the same random numbers."""
+    """Complete each prompt num_generations times; step 0 is evaluation: once, always with the same random numbers.
+
+    The numbers belong to a prompt's place among those of all ranks, dealt out in turn: any number of ranks draws the
+    same completions.
+    """
     params = SamplingParams(
         n=config.num_generations if step else 1,
         temperature=config.temperature,
@@ -82,7 +86,8 @@ def sample(
         min_tokens=config.min_new_tokens,
         stop_token_ids=[*chat.stop_token_ids, *(config.stop_token_ids or [])],
     )
-    seeds = [mix_seed(config.seed, step, rank, i) for i in range(len(prompts))]
+    places = range(world.rank, world.world_size * len(prompts), world.world_size)
+    seeds = [mix_seed(config.seed, step, 0, place) for place in places]
     return generator.rollout([prompt.prompt_ids for prompt in prompts], params, seeds=seeds)
 
 

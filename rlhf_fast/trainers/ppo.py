@@ -117,7 +117,7 @@ class PPOTrainer:
     def rollout(self, prompts: Sequence[PromptExample], step: int) -> Rollout:
         """Sample num_generations completions of each prompt from the weights as they are."""
         with self.models.policy.gathered():
-            rollout = sample(self.generator, prompts, self.config, chat=self.chat, step=step, rank=self.world.rank)
+            rollout = sample(self.generator, prompts, self.config, chat=self.chat, step=step, world=self.world)
         self.generator.release_cache()
         return rollout
 

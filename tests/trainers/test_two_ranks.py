@@ -53,15 +53,14 @@ def test_sft_on_two_ranks_equals_one(letters_model: Path, tmp_path: Path) -> Non
     assert one[-1]["eval/loss"] == pytest.approx(two[-1]["eval/loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("zero_stage", "held_out"), [(1, "xya"), (3, "x")])  # uneven; none for the second rank
-def test_ppo_runs_on_two_ranks(zero_stage: int, held_out: str, letters_model: Path, tmp_path: Path) -> None:
+def test_ppo_with_nothing_to_evaluate_on_one_rank(letters_model: Path, tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text(
         "def reward(prompts, completions, **columns):\n    return [float(t.count('a')) for t in completions]\n"
     )
     config = {
         "model_name_or_path": str(letters_model),
         "train_data": write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": p} for p in "abcdefxy"]),
-        "eval_data": write_jsonl(tmp_path / "eval.jsonl", [{"prompt": p} for p in held_out]),
+        "eval_data": write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "x"}]),
         "reward": f"{tmp_path / 'reward.py'}:reward",
         "batch_size": 16,
         "num_generations": 2,
@@ -70,8 +69,8 @@ def test_ppo_runs_on_two_ranks(zero_stage: int, held_out: str, letters_model: Pa
         "micro_batch_tokens": 16,
         "learning_rate": 5e-3,
         "max_steps": 3,
-        "zero_stage": zero_stage,
-        "gradient_checkpointing": zero_stage == 3,
+        "zero_stage": 3,
+        "gradient_checkpointing": True,
     }
     rows = run_on(2, "ppo", config, tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
