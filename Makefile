@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 
-.PHONY: install demo demo-smollm2 test test-slow test-sanitizers bench bench-peers lint clean
+.PHONY: install demo demo-smollm2 test test-slow test-sanitizers bench bench-peers soak lint clean
 
 install: .venv/.demo
 
@@ -52,6 +52,10 @@ test-sanitizers: .venv/.test
 
 bench: .venv/.test
 	$(BIN)/rlhf-fast bench -- --results bench/results
+
+# 500 steps of the demo's PPO, watched: memory, open files, threads. After `make demo`; a quarter of an hour.
+soak: install
+	$(BIN)/python bench/soak.py
 
 # llama.cpp, compiled for this machine, in an environment of its own: once it is there, the benches time it too.
 bench-peers: .venv-peers/.made

@@ -1,7 +1,8 @@
 """Checkpoints that a crash cannot spoil: written aside, flushed to disk, hashed, then renamed into place.
 
 A folder root/step-N is whole or not there. What is being written is `.step-N.tmp-<pid>`; a folder that gives way to
-a new one of the same name is `.step-N.old` for a moment. Leftovers of a killed process go at the next save.
+a new one of the same name is `.step-N.old` for a moment. Leftovers of a killed process go when the run is resumed, or
+at the next save.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def save_checkpoint(
     if world.is_main:
         with _on_failure(target):
             root.mkdir(parents=True, exist_ok=True)
-            _sweep(root, "step-*")
+            sweep_checkpoints(root)
             _check_space(root)
     with atomic_dir(target, world) as folder:
         write(folder)
@@ -86,6 +87,12 @@ def latest_checkpoint(root: Path) -> Path | None:
     if found:
         raise CheckpointError(f"{root}: every checkpoint in it is damaged; start again without --resume")
     return None
+
+
+def sweep_checkpoints(root: Path) -> None:
+    """Remove what killed processes left under `root`. Nobody else may be saving there. Raises CheckpointError."""
+    with _on_failure(root):
+        _sweep(root, "step-*")
 
 
 def verify_checkpoint(path: Path) -> None:

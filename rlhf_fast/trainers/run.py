@@ -89,6 +89,7 @@ class Run:
         """
         self._open_logs()
         progress = Progress(self.total_steps, self.step, self._title(), disable=not self.world.is_main)
+        exported = False
         try:
             with stop_requests() as stop:
                 before = self._evaluate_at(0) if self.step == 0 else {}
@@ -105,10 +106,13 @@ class Run:
                         self._say(f"stopped after step {self.step}; go on with --resume")
                         return
                 self._export()
+                exported = True
         finally:
             progress.close()
             self._close_logs()
             if self.world.is_main:
+                if exported:  # last of all: a run killed before the report is there is gone on with, and writes it
+                    mark_finished(self.folder, self.step)
                 release_run_folder(self.folder)
         self._finish()
 
@@ -170,8 +174,6 @@ class Run:
     def _export(self) -> None:
         with atomic_dir(self.folder / "final", self.world) as folder:
             self.export(folder)
-        if self.world.is_main:
-            mark_finished(self.folder, self.step)
 
     def _finish(self) -> None:
         if self.world.is_main:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from rlhf_fast.checkpoint import latest_checkpoint
+from rlhf_fast.checkpoint import latest_checkpoint, sweep_checkpoints
 from rlhf_fast.config import TrainerConfig
 from rlhf_fast.config_loading import check_resume, config_differences, load_config, save_config
 from rlhf_fast.distributed import World, broadcast_object
@@ -73,6 +73,7 @@ def _prepare(folder: Path, config: TrainerConfig, resume: bool) -> Path | None:
     if resume:
         if (folder / "config.yaml").exists():
             check_resume(folder / "config.yaml", config)
+        sweep_checkpoints(folder / "checkpoints")
         checkpoint = latest_checkpoint(folder / "checkpoints")
         if checkpoint is None:
             print(f"no checkpoint in {folder / 'checkpoints'}: starting at step 1", file=sys.stderr)
