@@ -114,7 +114,8 @@ struct Linear {
   const void* bias;  // [out], or null
 };
 
-// Bytes of scratch that the product needs.
+// Bytes of scratch that the product needs; 16-byte aligned, and zeros before its first use. What a launch leaves there
+// is fit for the next one, whatever its layer: all products of a stream can share the largest.
 int64_t linear_workspace(const Linear& layer);
 
 // y[r, o] = sum_i x[r, i] weight[o, i] + bias[o] for 1 to kMaxRows rows, summed in float32 and rounded once, to
@@ -122,11 +123,13 @@ int64_t linear_workspace(const Linear& layer);
 void linear(const Linear& layer, const void* x, int64_t rows, int64_t x_row, Type out_type, void* y, int64_t y_row,
             void* workspace, Stream stream);
 
-// The same for up to four layers of the same x, with their outputs side by side in a row of y.
+// The same for up to four layers of the same x and type, all transposed or none, with their outputs side by side in a
+// row of y. The workspace has the bytes of all together.
 void linear_many(const Linear* layers, int count, const void* x, int64_t rows, int64_t x_row, Type out_type, void* y,
                  int64_t y_row, void* workspace, Stream stream);
 
-// inner = activation(gate(x)) * value(x) for 1 to kMaxRows rows, both weights read once.
+// inner = activation(gate(x)) * value(x) for 1 to kMaxRows rows, both weights read once. Both layers have one shape and
+// type and are not transposed.
 void gated_mlp_in(const Linear& gate, const Linear& value, Activation activation, const void* x, int64_t rows,
                   int64_t x_row, void* inner, int64_t inner_row, Stream stream);
 
