@@ -4,10 +4,16 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define RLHF_FAST_ON_BOTH __host__ __device__
+#else
+#define RLHF_FAST_ON_BOTH
+#endif
+
 namespace rlhf_fast {
 
 // Uniform in [0, 1), 53 random bits: key = the seed's two words, counter = (position, sample, 0, 0).
-inline double uniform(uint64_t seed, uint32_t sample, uint32_t position) {
+RLHF_FAST_ON_BOTH inline double uniform(uint64_t seed, uint32_t sample, uint32_t position) {
   uint32_t x0 = position, x1 = sample, x2 = 0, x3 = 0;
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < 10; ++round) {
@@ -23,3 +29,5 @@ inline double uniform(uint64_t seed, uint32_t sample, uint32_t position) {
 }
 
 }  // namespace rlhf_fast
+
+#undef RLHF_FAST_ON_BOTH
