@@ -13,10 +13,8 @@ constexpr int64_t kWorthThreads = 1 << 14;
 
 }  // namespace
 
-void adapted_linear(WeightType type, const Linear* layers, int64_t count, const float* x, int64_t rows,
-                    int64_t x_stride, float* y, int64_t y_stride, std::vector<float>& scratch) {
-  linear(layers, count, x, rows, x_stride, y, y_stride);
-
+void add_adapters(WeightType type, const Linear* layers, int64_t count, const float* x, int64_t rows,
+                  int64_t x_stride, float* y, int64_t y_stride, std::vector<float>& scratch) {
   std::vector<Linear> downs;
   int64_t ranks = 0, widest = 0;
   for (int64_t i = 0; i < count; ++i) {

@@ -14,10 +14,10 @@ struct Adapter {
   float scale;
 };
 
-// linear() for layers of the same x, with what their adapters add. As in PEFT's layers each product of an adapter, the
-// scaling and the sum are rounded to the adapter's type, and the layer's own output to `type`, the model's, before the
-// sum. The bits of a row depend on that row alone, as in linear(). `scratch` grows as needed.
-void adapted_linear(WeightType type, const Linear* layers, int64_t count, const float* x, int64_t rows,
-                    int64_t x_stride, float* y, int64_t y_stride, std::vector<float>& scratch);
+// Adds to y, as linear() gives it for layers of the same x, what their adapters give. As in PEFT's layers each product
+// of an adapter, the scaling and the sum are rounded to the adapter's type, and the layer's own output to `type`, the
+// model's, before the sum. The bits of a row depend on that row alone, as in linear(). `scratch` grows as needed.
+void add_adapters(WeightType type, const Linear* layers, int64_t count, const float* x, int64_t rows,
+                  int64_t x_stride, float* y, int64_t y_stride, std::vector<float>& scratch);
 
 }  // namespace rlhf_fast

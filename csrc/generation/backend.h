@@ -25,6 +25,8 @@ struct Draw {
   const uint64_t* seen;  // the sequence's tokens as a set, for the penalty; null without one
 };
 
+struct Interrupted {};  // thrown by draws that are not to go on
+
 class Backend {
  public:
   // The model must outlive it.
@@ -42,10 +44,12 @@ class Backend {
   virtual void copy_page(const char* from, char* to) = 0;
 
   // Runs all blocks, writes keys and values to the pages. A span may see pages that another span fills in the same
-  // pass. Between layers it asks `interrupted` and returns false when that says so, with nothing to be used.
+  // pass. Between pieces of work, some hundredths of a second at most, it asks `interrupted` and returns false when
+  // that says so, with nothing to be used.
   virtual bool run(const std::vector<Span>& spans, const std::function<bool()>& interrupted) = 0;
 
-  // drawn[i] = the token of draws[i], after the last pass. Draws after the same token come one after another.
+  // drawn[i] = the token of draws[i], after the last pass. Draws after the same token come one after another. May ask
+  // the pass's `interrupted` as well, and throws Interrupted when that says so.
   virtual void draw(const std::vector<Draw>& draws, const SamplingOptions& options, Sampled* drawn) = 0;
 
  private:

@@ -1,5 +1,7 @@
 #include "cpu_backend.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -8,7 +10,7 @@
 namespace rlhf_fast {
 namespace {
 
-constexpr std::align_val_t kAlignment{64};
+constexpr int64_t kSlabBytes = 32 << 20;
 
 // Rows whose logits are in memory at once.
 constexpr int64_t kLogitsRows = 64;
@@ -16,21 +18,35 @@ constexpr int64_t kLogitsRows = 64;
 }  // namespace
 
 CpuBackend::~CpuBackend() {
-  for (char* const page : pages_) ::operator delete(page, kAlignment);
+  for (const Slab& slab : slabs_) munmap(slab.data, slab.bytes);
 }
 
 int64_t CpuBackend::page_limit() const { return std::numeric_limits<int64_t>::max(); }
 
 char* CpuBackend::new_page() {
-  pages_.push_back(nullptr);
-  pages_.back() = static_cast<char*>(::operator new(page_bytes(), kAlignment));
-  return pages_.back();
+  const int64_t size = page_bytes();
+  if (slabs_.empty() || taken_ + size > slabs_.back().bytes) {
+    const int64_t bytes = std::max<int64_t>(1, kSlabBytes / size) * size;
+    slabs_.reserve(slabs_.size() + 1);
+    void* const data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED) throw std::bad_alloc();
+    madvise(data, bytes, MADV_HUGEPAGE);
+    slabs_.push_back({static_cast<char*>(data), bytes});
+    taken_ = 0;
+  }
+  taken_ += size;
+  return slabs_.back().data + taken_ - size;
 }
 
 void CpuBackend::copy_page(const char* from, char* to) { std::memcpy(to, from, page_bytes()); }
 
 bool CpuBackend::run(const std::vector<Span>& spans, const std::function<bool()>& interrupted) {
-  return forward_.run(spans, interrupted);
+  try {
+    forward_.run(spans, interrupted);
+  } catch (const Interrupted&) {
+    return false;
+  }
+  return true;
 }
 
 void CpuBackend::draw(const std::vector<Draw>& draws, const SamplingOptions& options, Sampled* drawn) {

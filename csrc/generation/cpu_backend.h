@@ -21,8 +21,15 @@ class CpuBackend : public Backend {
   void draw(const std::vector<Draw>& draws, const SamplingOptions& options, Sampled* drawn) override;
 
  private:
+  // Pages lie in slabs that come from the system and go back to it: what malloc frees stays with the process.
+  struct Slab {
+    char* data;
+    int64_t bytes;
+  };
+
   Forward forward_;
-  std::vector<char*> pages_;
+  std::vector<Slab> slabs_;
+  int64_t taken_ = 0;  // bytes of the last slab
 };
 
 }  // namespace rlhf_fast

@@ -40,6 +40,10 @@ class Loop {
         options_(options),
         callbacks_(callbacks),
         output_(output),
+        interrupted_([this] {
+          ++stats_.looks;
+          return callbacks_.interrupted();
+        }),
         cache_(backend, options.cache_bytes),
         sampling_(options.sampling) {
     sampling_.stop_ids = options.stop_ids.data();
@@ -63,12 +67,15 @@ class Loop {
   }
 
   DecodeStats run() {
-    while (!(running_.empty() && waiting_.empty()) && stats_.finite) {
-      plan();
-      if (!backend_.run(spans_, callbacks_.interrupted)) break;
-      ++stats_.steps;
-      extend();
-      retire();
+    try {
+      while (!(running_.empty() && waiting_.empty()) && stats_.finite) {
+        plan();
+        if (!backend_.run(spans_, interrupted_)) break;
+        ++stats_.steps;
+        extend();
+        retire();
+      }
+    } catch (const Interrupted&) {  // the pass's tokens are not drawn
     }
     for (const auto& row : running_) give_back(*row);
     if (cache_.used() != 0) throw std::logic_error("pages of the key-value cache were lost");
@@ -266,6 +273,7 @@ class Loop {
   const Options& options_;
   const Callbacks& callbacks_;
   const Output& output_;
+  const std::function<bool()> interrupted_;
   Cache cache_;
   SamplingOptions sampling_;
   DecodeStats stats_;

@@ -39,7 +39,8 @@ struct Options {
 
 // What the loop asks of its caller. All may throw, which ends the call.
 struct Callbacks {
-  std::function<bool()> interrupted;  // between layers; true ends the call, and rows that are not finished say abort
+  // Between pieces of work; true ends the call, and rows that are not finished say abort.
+  std::function<bool()> interrupted;
   // After a step, given rows and their new tokens: which of them are to stop. May be empty.
   std::function<std::vector<bool>(const std::vector<int64_t>& rows, const std::vector<int32_t>& tokens)> stopped;
 };
@@ -49,6 +50,7 @@ struct DecodeStats {
   int64_t prompt_tokens = 0;  // that went through the model: shared ones once, those of evicted rows again
   int64_t evictions = 0;      // rows that gave their pages back for a while
   int64_t peak_cache_bytes = 0;
+  int64_t looks = 0;          // at `interrupted`
   bool finite = true;         // false: a log-prob was NaN, which ended the call
 };
 

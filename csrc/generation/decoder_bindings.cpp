@@ -177,6 +177,7 @@ void bind_decoder(py::module_& m) {
       .def_readonly("prompt_tokens", &DecodeStats::prompt_tokens)
       .def_readonly("evictions", &DecodeStats::evictions)
       .def_readonly("peak_cache_bytes", &DecodeStats::peak_cache_bytes)
+      .def_readonly("looks", &DecodeStats::looks)
       .def_readonly("finite", &DecodeStats::finite);
   py::class_<Backend>(m, "Backend");
   py::class_<CpuBackend, Backend>(m, "CpuBackend").def(py::init<const Model&>(), "model"_a, py::keep_alive<1, 2>());

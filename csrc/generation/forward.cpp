@@ -16,6 +16,9 @@ constexpr int64_t kWorthThreads = 1 << 14;
 // Tokens of a prompt whose attention is one piece of work.
 constexpr int64_t kTokensAtOnce = 16;
 
+// Outputs of a product that is done in pieces come in multiples of this: whole vectors, whole panels.
+constexpr int64_t kOutputsAtOnce = 64;
+
 // Calls use(token) for each token, on all threads if that is worth it.
 template <typename Use>
 void for_each(int64_t tokens, int64_t size, Use use) {
@@ -44,7 +47,9 @@ struct Task {
 
 }  // namespace
 
-bool Forward::run(const std::vector<Span>& spans, const std::function<bool()>& interrupted) {
+void Forward::run(const std::vector<Span>& spans, const std::function<bool()>& interrupted) {
+  interrupted_ = &interrupted;
+  work_ = kBetweenLooks;  // a look comes first
   tokens_ = positions_ = 0;
   for (const Span& span : spans) {
     tokens_ += span.count;
@@ -57,7 +62,6 @@ bool Forward::run(const std::vector<Span>& spans, const std::function<bool()>& i
   if (model_.parallel) grow(attention_out_, tokens_ * size);
   embed(spans);
   for (size_t i = 0; i < model_.layers.size(); ++i) {
-    if (interrupted()) return false;
     const Layer& layer = model_.layers[i];
     norm(layer.attention_norm, hidden_, normed_);
     attention(layer, int64_t(i), spans);
@@ -74,7 +78,15 @@ bool Forward::run(const std::vector<Span>& spans, const std::function<bool()>& i
     mlp(layer);
     add(layer.mlp_out_norm, out_, hidden_);
   }
-  return true;
+}
+
+// Before each piece of work.
+void Forward::look(int64_t work) {
+  if (work_ + work > kBetweenLooks) {
+    if ((*interrupted_)()) throw Interrupted();
+    work_ = 0;
+  }
+  work_ += work;
 }
 
 void Forward::embed(const std::vector<Span>& spans) {
@@ -89,7 +101,7 @@ void Forward::embed(const std::vector<Span>& spans) {
     }
   }
   if (!direct) {
-    project(model_.embedding_out, normed_.data(), hidden_.data());
+    project(model_.embedding_out, normed_.data(), tokens_, hidden_.data());
     RLHF_FAST_KERNEL(isa(), round_to)(model_.type, hidden_.data(), tokens_ * size);
   }
   if (!model_.positions.weight) return;
@@ -112,11 +124,11 @@ const float* Forward::logits(const std::vector<int64_t>& tokens) {
   const float* x = normed_.data();
   for (const Linear& layer : model_.hidden_out) {
     grow(projected_, count * layer.out);
-    adapted_linear(model_.type, &layer, 1, x, count, size, projected_.data(), layer.out, scratch_);
+    project({&layer, 1}, x, count, projected_.data());
     RLHF_FAST_KERNEL(isa(), round_to)(model_.type, projected_.data(), count * layer.out);
     x = projected_.data();
   }
-  linear(model_.head, x, count, model_.head.in, logits_.data(), vocabulary);
+  product({&model_.head, 1}, x, count, logits_.data());
   for_each(count, vocabulary, [&](int64_t i) {
     RLHF_FAST_KERNEL(isa(), scale_and_cap)(&logits_[i * vocabulary], model_.logit_scale, model_.logit_cap, vocabulary);
   });
@@ -130,7 +142,7 @@ void Forward::attention(const Layer& layer, int64_t index, const std::vector<Spa
   const int64_t attended = heads.query_heads * heads.size;
   grow(projected_, tokens_ * row);
   grow(attended_, tokens_ * attended);
-  project(layer.attention_in, normed_.data(), projected_.data());
+  project(layer.attention_in, normed_.data(), tokens_, projected_.data());
 
   std::vector<Task> tasks;
   int64_t first = 0;
@@ -195,15 +207,30 @@ void Forward::attention(const Layer& layer, int64_t index, const std::vector<Spa
   grow(scratch_, omp_get_max_threads() * scratch);
   const int64_t pieces = int64_t(tasks.size()) * heads.key_value_heads;
   const bool worth = pieces > 1 && tokens_ * heads.query_heads * heads.size * positions_ > kWorthThreads;
+  for (int64_t begin = 0, end = 0; begin < pieces; begin = end) {
+    int64_t work = 0;
+    for (; end < pieces; ++end) {
+      const Task& task = tasks[end / heads.key_value_heads];
+      const int64_t seen = task.span->position + task.token + task.count;
+      const int64_t more = 2 * task.count * seen * group * heads.size;
+      if (end > begin && work + more > kBetweenLooks) break;
+      work += more;
+    }
+    look(work);
 #pragma omp parallel if (worth)
-  {
+    {
+      if (begin == 0) {
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < pieces; ++i) append_heads(tasks[i / heads.key_value_heads], i % heads.key_value_heads);
-    float* const own = &scratch_[omp_get_thread_num() * scratch];
+        for (int64_t i = 0; i < pieces; ++i) append_heads(tasks[i / heads.key_value_heads], i % heads.key_value_heads);
+      }
+      float* const own = &scratch_[omp_get_thread_num() * scratch];
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < pieces; ++i) attend_head(tasks[i / heads.key_value_heads], i % heads.key_value_heads, own);
+      for (int64_t i = begin; i < end; ++i) {
+        attend_head(tasks[i / heads.key_value_heads], i % heads.key_value_heads, own);
+      }
+    }
   }
-  project({&layer.attention_out, 1}, attended_.data(), out_.data());
+  project({&layer.attention_out, 1}, attended_.data(), tokens_, out_.data());
 }
 
 // out_ = the MLP's output of normed_.
@@ -211,19 +238,39 @@ void Forward::mlp(const Layer& layer) {
   const int64_t row = linear_row(layer.mlp_in), inner = layer.mlp_out.in;
   grow(projected_, tokens_ * row);
   grow(inner_, tokens_ * inner);
-  project(layer.mlp_in, normed_.data(), projected_.data());
+  project(layer.mlp_in, normed_.data(), tokens_, projected_.data());
   for_each(tokens_, row, [&](int64_t token) {
     const float* const x = &projected_[token * row];
     const float* const factor = model_.gated ? x + inner : nullptr;
     RLHF_FAST_KERNEL(isa(), activate)(model_.type, model_.activation, x, factor, &inner_[token * inner], inner);
   });
-  project({&layer.mlp_out, 1}, inner_.data(), out_.data());
+  project({&layer.mlp_out, 1}, inner_.data(), tokens_, out_.data());
 }
 
-// y [tokens, outputs side by side] of x [tokens, in], both without gaps.
-void Forward::project(std::span<const Linear> layers, const float* x, float* y) {
-  adapted_linear(model_.type, layers.data(), int64_t(layers.size()), x, tokens_, layers[0].in, y, linear_row(layers),
-                 scratch_);
+// y [rows, outputs side by side] of x [rows, in], both without gaps.
+void Forward::product(std::span<const Linear> layers, const float* x, int64_t rows, float* y) {
+  const int64_t in = layers[0].in, y_stride = linear_row(layers);
+  if (rows * in * y_stride <= kBetweenLooks) {
+    look(rows * in * y_stride);
+    linear(layers.data(), int64_t(layers.size()), x, rows, in, y, y_stride);
+    return;
+  }
+  const int64_t most = std::max<int64_t>(1, kBetweenLooks / (rows * in * kOutputsAtOnce)) * kOutputsAtOnce;
+  for (const Linear& layer : layers) {
+    for (int64_t begin = 0; begin < layer.out; begin += most) {
+      const Linear some = layer.outputs(begin, std::min(begin + most, layer.out));
+      look(rows * in * some.out);
+      linear(some, x, rows, in, y + begin, y_stride);
+    }
+    y += layer.out;
+  }
+}
+
+// The same with the layers' adapters.
+void Forward::project(std::span<const Linear> layers, const float* x, int64_t rows, float* y) {
+  product(layers, x, rows, y);
+  add_adapters(model_.type, layers.data(), int64_t(layers.size()), x, rows, layers[0].in, y, linear_row(layers),
+               scratch_);
 }
 
 void Forward::norm(const Norm& norm, std::vector<float>& x, std::vector<float>& y) {

@@ -24,7 +24,17 @@ struct Linear {
   int64_t row_stride;  // from one row of `weight` to the next, in elements
   bool transposed;
   const void* bias;  // [out], of the weights' type, or null
-  std::shared_ptr<const Adapter> adapter = nullptr;  // adapted_linear adds what it gives; linear leaves it out
+  std::shared_ptr<const Adapter> adapter = nullptr;  // add_adapters adds what it gives; linear leaves it out
+
+  // The layer of the outputs [begin, end). Their bits are the same when begin is a multiple of 16.
+  Linear outputs(int64_t begin, int64_t end) const {
+    const int64_t element = type == WeightType::float32 ? 4 : 2;
+    Linear some = *this;
+    some.weight = static_cast<const char*>(weight) + begin * (transposed ? 1 : row_stride) * element;
+    some.bias = bias ? static_cast<const char*>(bias) + begin * element : nullptr;
+    some.out = end - begin;
+    return some;
+  }
 };
 
 #define RLHF_FAST_DECLARE(isa)                                                                                   \

@@ -27,6 +27,7 @@ class Counts:
     prompt_tokens: int  # that went through the model: shared ones once, those of evicted rows again
     evictions: int  # rows that gave up their part of a full cache and started over
     peak_cache_bytes: int
+    looks: int  # at the abort flag, which ended the work on it as well
 
 
 def decode(
@@ -85,7 +86,7 @@ def decode(
         [_FINISH[number] for number in finish.tolist()],
         [None] * rows if watchers is None else [watcher.completed for watcher in watchers],
     )
-    return decoded, Counts(stats.prompt_tokens, stats.evictions, stats.peak_cache_bytes)
+    return decoded, Counts(stats.prompt_tokens, stats.evictions, stats.peak_cache_bytes, stats.looks)
 
 
 def _options(

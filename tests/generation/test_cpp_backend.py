@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from copy import deepcopy
 from typing import Any
 
@@ -12,11 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.errors import NonFiniteError
-from rlhf_fast.generation import Completion, Generator, Rollout, SamplingParams
-from rlhf_fast.generation.stop_strings import StopStrings
+from rlhf_fast.generation import Generator, Rollout, SamplingParams
 from rlhf_fast.models import PolicyModel
-from tests.conftest import byte_tokenizer
 from tests.families import tiny_model
 
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10], list(range(2, 42))]
@@ -276,89 +270,7 @@ def test_what_it_does_not_know_goes_to_transformers_with_a_reason(
     assert generator.stats.backend == "transformers"
 
 
-# ---- interruptions and errors ----------------------------------------------------------------------------------------
-
-
-def test_abort_from_another_thread_keeps_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = byte_tokenizer()
-    model = tiny_model("llama", vocab_size=len(tokenizer))
-    generator = Generator(model, tokenizer, backend="cpp", max_batch_size=2)
-    started, aborted, calls, result = threading.Event(), threading.Event(), 0, []
-    add = StopStrings.add
-
-    def wait_at_the_third_step(self: StopStrings, token: int) -> bool:
-        nonlocal calls
-        calls += 1
-        if calls == 6:  # of two rows
-            started.set()
-            aborted.wait(timeout=60)
-        return add(self, token)
-
-    def run(tokens: int) -> list[Completion]:
-        params = SamplingParams(max_tokens=tokens, ignore_eos=True, seed=2, stop="never said")
-        return generator.generate(PROMPTS, params)
-
-    monkeypatch.setattr(StopStrings, "add", wait_at_the_third_step)
-    thread = threading.Thread(target=lambda: result.extend(run(80)))
-    thread.start()
-    assert started.wait(timeout=60)
-    generator.abort()
-    aborted.set()
-    thread.join(timeout=60)
-    completions: list[Completion] = result
-    assert [c.finish_reason for c in completions] == ["abort"] * 4
-    assert [len(c.token_ids) for c in completions] == [3, 3, 0, 0]  # two rows waited for a place
-    again = run(5)
-    assert [c.finish_reason for c in again] == ["length"] * 4
-    assert again[0].token_ids[:3] == completions[0].token_ids
-
-
-def test_ctrl_c() -> None:
-    generator = Generator(tiny_model("llama", max_position_embeddings=2_000_000), backend="cpp")
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):  # else it would take hours
-        generator.rollout(PROMPTS, SamplingParams(max_tokens=1_000_000, ignore_eos=True))
-    timer.join()
-    assert generator.rollout(PROMPTS, SamplingParams(max_tokens=3, ignore_eos=True)).lengths.tolist() == [3] * 4
-
-
-def test_an_exception_in_a_stop_watcher_comes_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: StopStrings, token: int) -> bool:
-        raise RuntimeError("not today")
-
-    tokenizer = byte_tokenizer()
-    generator = Generator(tiny_model("llama", vocab_size=len(tokenizer)), tokenizer, backend="cpp")
-    with monkeypatch.context() as patch:
-        patch.setattr(StopStrings, "add", fail)
-        with pytest.raises(RuntimeError, match="not today"):
-            generator.rollout(PROMPTS, SamplingParams(stop="x", max_tokens=4))
-    assert generator.rollout(PROMPTS, SamplingParams(max_tokens=4, ignore_eos=True)).mask.all()
-
-
-def test_a_cache_below_one_row_is_an_error_that_says_what_it_takes() -> None:
-    page = 2 * 2 * 16 * (8 + 16) * 4  # layers, heads, positions, a key and a padded value, fp32
-    params = SamplingParams(max_tokens=20, ignore_eos=True, seed=0)
-    generator = Generator(tiny_model("llama"), backend="cpp", cache_bytes=4 * page - 1)
-    with pytest.raises(ValueError, match=f"cache_bytes: .* 40 prompt tokens and 20 new ones; that takes {4 * page}"):
-        generator.rollout(PROMPTS, params)
-    short = generator.rollout(PROMPTS[:3], params)
-    assert short.mask.all()
-    generator.cache_bytes = 4 * page
-    assert torch.equal(generator.rollout(PROMPTS, params).tokens[:3], short.tokens)
-
-
-def test_nan_weights() -> None:
-    model = tiny_model("llama")
-    generator = Generator(model, backend="cpp")
-    kept = model.model.norm.weight[0].item()
-    with torch.no_grad():
-        model.model.norm.weight[0] = torch.nan
-    with pytest.raises(NonFiniteError, match="logits are NaN"):
-        generator.rollout(PROMPTS, SamplingParams(max_tokens=3))
-    with torch.no_grad():
-        model.model.norm.weight[0] = kept
-    assert generator.rollout(PROMPTS, SamplingParams(max_tokens=3, ignore_eos=True)).mask.all()
+# ---- counts --------------------------------------------------------------------------------------------------------
 
 
 def test_stats_count() -> None:
@@ -367,23 +279,3 @@ def test_stats_count() -> None:
     stats = generator.stats
     assert (stats.backend, stats.prompt_tokens, stats.prefilled_tokens, stats.generated_tokens) == ("cpp", 12, 12, 18)
     assert stats.peak_cache_bytes == 2 * (2 * 2 * 16 * (8 + 16) * 4)  # two rows of one page
-
-
-def test_random_requests_leave_nothing_behind() -> None:
-    """Each call itself fails if a page of the cache was not returned."""
-    random = torch.Generator().manual_seed(0)
-    model = tiny_model("llama")
-
-    def draw(below: int) -> int:
-        return int(torch.randint(below, (), generator=random))
-
-    for _ in range(60):
-        prompts = [[2 + draw(60)] * (1 + draw(40)) for _ in range(1 + draw(6))]
-        generator = Generator(model, backend="cpp", max_batch_size=1 + draw(6), cache_bytes=50_000 + draw(300_000))
-        params = SamplingParams(n=1 + draw(4), max_tokens=1 + draw(30), seed=draw(1000), top_k=draw(10))
-        thread = threading.Timer(0.01 * draw(4), generator.abort)
-        thread.start()
-        rollout = generator.rollout(prompts, params)
-        thread.join()
-        for reason, length in zip(rollout.finish_reasons, rollout.lengths, strict=True):
-            assert reason == "abort" or length > 0
