@@ -101,18 +101,18 @@ __device__ __forceinline__ void store16(T* address, Vector<T> vector) {
 }
 #else
 template <typename T>
-inline Vector<T> load16(const T* address) {
+__device__ __forceinline__ Vector<T> load16(const T* address) {
   cuda_on_cpu::check_aligned16(address, "load16");
   return *reinterpret_cast<const Vector<T>*>(address);
 }
 
 template <typename T>
-inline Vector<T> load16_streaming(const T* address) {
+__device__ __forceinline__ Vector<T> load16_streaming(const T* address) {
   return load16(address);
 }
 
 template <typename T>
-inline void store16(T* address, Vector<T> vector) {
+__device__ __forceinline__ void store16(T* address, Vector<T> vector) {
   cuda_on_cpu::check_aligned16(address, "store16");
   *reinterpret_cast<Vector<T>*>(address) = vector;
 }
@@ -176,29 +176,29 @@ __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&d)[4], cons
                : "memory");
 }
 #else
-inline void copy_async16(void* shared, const void* source, bool valid = true) {
+__device__ __forceinline__ void copy_async16(void* shared, const void* source, bool valid = true) {
   cuda_on_cpu::copy_async16(shared, source, valid);
 }
 
-inline void copy_async_commit() { cuda_on_cpu::copy_async_commit(); }
+__device__ __forceinline__ void copy_async_commit() { cuda_on_cpu::copy_async_commit(); }
 
 template <int N>
-inline void copy_async_wait(CUDA_ON_CPU_SITE) {
+__device__ __forceinline__ void copy_async_wait(CUDA_ON_CPU_SITE) {
   cuda_on_cpu::copy_async_wait(N, site);
 }
 
 template <typename T>
-inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], CUDA_ON_CPU_SITE) {
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], CUDA_ON_CPU_SITE) {
   using cuda_on_cpu::HalfType;
   constexpr HalfType kType = std::is_same_v<T, __half> ? HalfType::float16 : HalfType::bfloat16;
   cuda_on_cpu::mma_m16n8k16(kType, d, a, b, site);
 }
 
-inline void load_matrix_x4(uint32_t (&d)[4], const void* row, CUDA_ON_CPU_SITE) {
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&d)[4], const void* row, CUDA_ON_CPU_SITE) {
   cuda_on_cpu::load_matrix_x4(d, row, false, site);
 }
 
-inline void load_matrix_x4_transposed(uint32_t (&d)[4], const void* row, CUDA_ON_CPU_SITE) {
+__device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&d)[4], const void* row, CUDA_ON_CPU_SITE) {
   cuda_on_cpu::load_matrix_x4(d, row, true, site);
 }
 #endif

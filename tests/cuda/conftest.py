@@ -9,7 +9,7 @@ import pytest
 from tests.cuda_on_cpu.device import Device
 
 # (build, order); see Device. The random order is one of many, the same in every run.
-RUNS = [("plain", 0), ("plain", 1), ("plain", 6), ("asan", 0)]
+RUNS = [("plain", 0), ("plain", 1), ("plain", 6), ("checker", 0), ("checker", 1), ("asan", 0)]
 
 
 @pytest.fixture(params=RUNS, ids=lambda run: f"{run[0]}-{run[1]}")

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parent.parent / "csrc" / "cuda"
 
 COMMON = (
-    *("-std=c++17", "-g1", "-fPIC", "-fno-strict-aliasing"),
+    *("-std=c++17", "-g", "-fno-var-tracking", "-fPIC", "-fno-strict-aliasing"),
     # Two libraries of different builds have functions, and static variables in them, of the same names.
     "-fno-gnu-unique",
     *("-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"),
@@ -44,7 +44,7 @@ PLAIN = Build("plain")
 CHECKER = Build(
     "checker",
     # ThreadSanitizer's instrumentation without its library: the machine has functions of the same names.
-    kernel_flags=("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-Wno-tsan"),
+    kernel_flags=("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"),
     runtime_flags=("-DCUDA_ON_CPU_CHECKER",),
 )
 ASAN = Build(

@@ -29,7 +29,7 @@ int lane();
 void ballot(uint64_t* values, unsigned mask);
 
 template <typename T>
-T shuffle(const char* name, unsigned mask, T value, int source, Site site) {
+CUDA_ON_CPU_INLINE T shuffle(const char* name, unsigned mask, T value, int source, Site site) {
   static_assert(sizeof(T) <= 8);
   uint64_t bits = 0;
   memcpy(&bits, &value, sizeof(T));
@@ -39,7 +39,7 @@ T shuffle(const char* name, unsigned mask, T value, int source, Site site) {
 }
 
 // The lane itself where `source` lies outside its segment of `width` lanes.
-inline int within_segment(int source, int width) {
+CUDA_ON_CPU_INLINE int within_segment(int source, int width) {
   const int first = lane() & ~(width - 1);
   return source >= first && source < first + width ? source : lane();
 }
@@ -48,49 +48,49 @@ inline int within_segment(int source, int width) {
 
 #define CUDA_ON_CPU_SITE cuda_on_cpu::Site site = cuda_on_cpu::Site::here()
 
-inline void __syncthreads(CUDA_ON_CPU_SITE) {
+CUDA_ON_CPU_INLINE void __syncthreads(CUDA_ON_CPU_SITE) {
   cuda_on_cpu::block_barrier("__syncthreads", 0, cuda_on_cpu::Vote::any, site);
 }
-inline int __syncthreads_count(int predicate, CUDA_ON_CPU_SITE) {
+CUDA_ON_CPU_INLINE int __syncthreads_count(int predicate, CUDA_ON_CPU_SITE) {
   return cuda_on_cpu::block_barrier("__syncthreads_count", predicate, cuda_on_cpu::Vote::count, site);
 }
-inline int __syncthreads_and(int predicate, CUDA_ON_CPU_SITE) {
+CUDA_ON_CPU_INLINE int __syncthreads_and(int predicate, CUDA_ON_CPU_SITE) {
   return cuda_on_cpu::block_barrier("__syncthreads_and", predicate, cuda_on_cpu::Vote::all, site);
 }
-inline int __syncthreads_or(int predicate, CUDA_ON_CPU_SITE) {
+CUDA_ON_CPU_INLINE int __syncthreads_or(int predicate, CUDA_ON_CPU_SITE) {
   return cuda_on_cpu::block_barrier("__syncthreads_or", predicate, cuda_on_cpu::Vote::any, site);
 }
-inline void __syncwarp(unsigned mask = ~0u, CUDA_ON_CPU_SITE) { cuda_on_cpu::warp_barrier(mask, site); }
-inline void __threadfence(CUDA_ON_CPU_SITE) { cuda_on_cpu::thread_fence(site); }
+CUDA_ON_CPU_INLINE void __syncwarp(unsigned mask = ~0u, CUDA_ON_CPU_SITE) { cuda_on_cpu::warp_barrier(mask, site); }
+CUDA_ON_CPU_INLINE void __threadfence(CUDA_ON_CPU_SITE) { cuda_on_cpu::thread_fence(site); }
 
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32, CUDA_ON_CPU_SITE) {
+CUDA_ON_CPU_INLINE T __shfl_sync(unsigned mask, T value, int source, int width = 32, CUDA_ON_CPU_SITE) {
   const int first = cuda_on_cpu::lane() & ~(width - 1);
   return cuda_on_cpu::shuffle("__shfl_sync", mask, value, first | (source & (width - 1)), site);
 }
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, CUDA_ON_CPU_SITE) {
+CUDA_ON_CPU_INLINE T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, CUDA_ON_CPU_SITE) {
   const int source = cuda_on_cpu::lane() ^ bits, end = (cuda_on_cpu::lane() & ~(width - 1)) + width;
   return cuda_on_cpu::shuffle("__shfl_xor_sync", mask, value, source < end ? source : cuda_on_cpu::lane(), site);
 }
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, CUDA_ON_CPU_SITE) {
+CUDA_ON_CPU_INLINE T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, CUDA_ON_CPU_SITE) {
   const int source = cuda_on_cpu::within_segment(cuda_on_cpu::lane() + int(delta), width);
   return cuda_on_cpu::shuffle("__shfl_down_sync", mask, value, source, site);
 }
 template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, CUDA_ON_CPU_SITE) {
+CUDA_ON_CPU_INLINE T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, CUDA_ON_CPU_SITE) {
   const int source = cuda_on_cpu::within_segment(cuda_on_cpu::lane() - int(delta), width);
   return cuda_on_cpu::shuffle("__shfl_up_sync", mask, value, source, site);
 }
 
-inline unsigned __ballot_sync(unsigned mask, int predicate, CUDA_ON_CPU_SITE) {
+CUDA_ON_CPU_INLINE unsigned __ballot_sync(unsigned mask, int predicate, CUDA_ON_CPU_SITE) {
   return unsigned(cuda_on_cpu::meet("__ballot_sync", mask, predicate != 0, cuda_on_cpu::lane(), site,
                                     cuda_on_cpu::ballot));
 }
-inline int __any_sync(unsigned mask, int predicate, CUDA_ON_CPU_SITE) {
+CUDA_ON_CPU_INLINE int __any_sync(unsigned mask, int predicate, CUDA_ON_CPU_SITE) {
   return __ballot_sync(mask, predicate, site) != 0;
 }
-inline int __all_sync(unsigned mask, int predicate, CUDA_ON_CPU_SITE) {
+CUDA_ON_CPU_INLINE int __all_sync(unsigned mask, int predicate, CUDA_ON_CPU_SITE) {
   return __ballot_sync(mask, !predicate, site) == 0;
 }

@@ -33,6 +33,7 @@ class Device:
         self._buffers: list[int] = []
         self._machine.cuda_on_cpu_take_report()
         self._machine.cuda_on_cpu_set_order(order)
+        self.limit(60)
 
     def load(self, *sources: str | Path, include: Sequence[Path] = (build.KERNELS,)) -> Kernels:
         """The library of these .cu files: names in csrc/cuda, or paths. Compiled at first use."""
@@ -75,6 +76,10 @@ class Device:
         sites: bytes = self._machine.cuda_on_cpu_record_sites(int(on))
         pairs = [line.rpartition(":") for line in sites.decode().splitlines()]
         return [(file, int(number)) for file, _, number in pairs]
+
+    def limit(self, seconds: float) -> None:
+        """Processor time after which a launch counts as a loop without end; 60 s at first."""
+        self._machine.cuda_on_cpu_set_most_milliseconds(round(1000 * seconds))
 
     def close(self) -> None:
         """Frees all guarded memory: its tensors must not be used again."""
@@ -140,6 +145,7 @@ def _machine(name: str) -> ctypes.CDLL:
     machine.cuda_on_cpu_release.argtypes = [ctypes.c_void_p]
     machine.cuda_on_cpu_release.restype = None
     machine.cuda_on_cpu_set_order.restype = None
+    machine.cuda_on_cpu_set_most_milliseconds.restype = None
     machine.cuda_on_cpu_drop.argtypes = [ctypes.c_char_p, ctypes.c_int]
     machine.cuda_on_cpu_drop.restype = None
     machine.cuda_on_cpu_record_sites.restype = ctypes.c_char_p

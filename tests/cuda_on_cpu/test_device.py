@@ -64,7 +64,7 @@ def test_a_kernel_runs(device: Device, source: Path, dtype: torch.dtype, offset:
 def test_beyond_a_buffer(device: Device, source: Path, dtype: torch.dtype) -> None:
     kernels = device.load(source)
     x, y = (device.tensor(torch.zeros(35, dtype=dtype)) for _ in range(2))
-    with pytest.raises(KernelError, match=r"add.*(out of bounds|overflow|poison)"):
+    with pytest.raises(KernelError, match=r"add.*out of bounds"):
         kernels.add_one(TYPES.index(dtype), x, y, 45)  # beyond the last 16 bytes too
     kernels.add_one(TYPES.index(dtype), x, y, 35)
     assert torch.equal(y, torch.ones(35, dtype=dtype))

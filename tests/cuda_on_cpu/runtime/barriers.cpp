@@ -25,12 +25,12 @@ void check_same_site() {
     if (thread.finished) continue;
     if (!first) first = &thread;
     if (thread.site == first->site) continue;
-    fail("divergent barrier: thread %d is in %s at %s:%d, thread %d in %s at %s:%d", first->id, first->waits_in,
-         first->site.file, first->site.line, thread.id, thread.waits_in, thread.site.file, thread.site.line);
+    fail("divergent barrier: thread %d is in %s at %s, thread %d in %s at %s", first->id, first->waits_in,
+         where(first->site).c_str(), thread.id, thread.waits_in, where(thread.site).c_str());
   }
   if (machine.unfinished < machine.count) {
-    fail("%s at %s:%d is reached by %d of %d threads: the others have returned", first->waits_in, first->site.file,
-         first->site.line, machine.unfinished, machine.count);
+    fail("%s at %s is reached by %d of %d threads: the others have returned", first->waits_in,
+         where(first->site).c_str(), machine.unfinished, machine.count);
   }
 }
 
@@ -60,10 +60,10 @@ Meeting& join(Warp& warp, const char* name, unsigned mask, Site site) {
     }
     if (meeting.to_leave > 0 || meeting.mask != mask || meeting.arrived >> self.lane() & 1) continue;
     if (meeting.site == site) return meeting;
-    fail("lanes of one warp meet in different calls: %s at %s:%d and %s at %s:%d", meeting.name, meeting.site.file,
-         meeting.site.line, name, site.file, site.line);
+    fail("lanes of one warp meet in different calls: %s at %s and %s at %s", meeting.name, where(meeting.site).c_str(),
+         name, where(site).c_str());
   }
-  if (!free) fail("%s at %s:%d: too many meetings of one warp at once", name, site.file, site.line);
+  if (!free) fail("%s at %s: too many meetings of one warp at once", name, where(site).c_str());
   free->name = name;
   free->site = site;
   free->mask = mask;
@@ -76,15 +76,14 @@ unsigned checked_mask(const char* name, unsigned mask, Site site) {
   if (mask == ~0u) mask = warp.lanes;  // a full mask in a block's last warp means the lanes that it has
   const unsigned missing = mask & ~warp.lanes, finished = mask & warp.finished;
   if (!(mask >> self.lane() & 1)) {
-    fail("%s at %s:%d: lane %d calls with mask %08x, which does not name it", name, site.file, site.line, self.lane(),
-         mask);
+    fail("%s at %s: lane %d calls with mask %08x, which does not name it", name, where(site).c_str(), self.lane(), mask);
   }
   if (missing) {
-    fail("%s at %s:%d: mask %08x names lanes %08x, which the block does not have", name, site.file, site.line, mask,
+    fail("%s at %s: mask %08x names lanes %08x, which the block does not have", name, where(site).c_str(), mask,
          missing);
   }
   if (finished) {
-    fail("%s at %s:%d: mask %08x names lanes %08x, which have returned", name, site.file, site.line, mask, finished);
+    fail("%s at %s: mask %08x names lanes %08x, which have returned", name, where(site).c_str(), mask, finished);
   }
   return mask;
 }
@@ -118,6 +117,7 @@ bool dropped(const Site& site) {
 int lane() { return machine.current->lane(); }
 
 int block_barrier(const char* name, int predicate, Vote vote, Site site) {
+  site.caller = __builtin_return_address(0);
   if (dropped(site)) return predicate;
   check_sanitizers();
   Thread& self = *machine.current;
@@ -133,11 +133,11 @@ void thread_finished() {
 }
 
 uint64_t meet(const char* name, unsigned mask, uint64_t value, int source, Site site, Finish finish) {
+  if (!site.caller) site.caller = __builtin_return_address(0);
   check_sanitizers();
   mask = checked_mask(name, mask, site);
   if (!(mask >> source & 1)) {
-    fail("%s at %s:%d: lane %d reads lane %d, which is not in mask %08x", name, site.file, site.line, lane(), source,
-         mask);
+    fail("%s at %s: lane %d reads lane %d, which is not in mask %08x", name, where(site).c_str(), lane(), source, mask);
   }
   const int self = lane();
   Meeting& meeting = join(machine.warps[machine.current->warp()], name, mask, site);
@@ -152,6 +152,7 @@ uint64_t meet(const char* name, unsigned mask, uint64_t value, int source, Site 
 }
 
 void warp_barrier(unsigned mask, Site site) {
+  site.caller = __builtin_return_address(0);
   if (dropped(site)) return;
   meet("__syncwarp", mask, 0, lane(), site, [](uint64_t*, unsigned lanes) { checker_orders_lanes(lanes); });
 }

@@ -1,8 +1,6 @@
 // What the machine tells the checker: which memory is touched, and what orders it. Only the build "checker" has one.
 #pragma once
 
-#include <string>
-
 namespace cuda_on_cpu {
 
 enum class Access {
@@ -35,8 +33,5 @@ void check_sanitizers();
 #else
 inline void check_sanitizers() {}
 #endif
-
-// "file:line" of the instruction before the address, as the debugging information has it.
-std::string where(const void* address);
 
 }  // namespace cuda_on_cpu

@@ -60,12 +60,14 @@ struct Machine {
   // Settings
   int order = 0;  // 0: threads and blocks by rising number, 1: falling, others: the seed of a random order
   Site dropped;   // this barrier does nothing; its file is the end of a path
+  int most_milliseconds = 60000;  // of the processor, for a launch
   bool record_sites = false;
   std::vector<Site> sites;  // of barriers that were met, while recording
 
   // The launch
   const Launch* launch = nullptr;
   bool running = false;  // a kernel's code is
+  const void* last_access = nullptr;  // that the checker has seen
   std::string report;    // the first thing that went wrong
 
   // The block
@@ -93,6 +95,10 @@ unsigned random_below(unsigned bound);
 [[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* format, ...);
 [[gnu::format(printf, 1, 2)]] void refuse(const char* format, ...);
 void report_deadlock();
+
+// "file:line" of the call, or of the instruction before the address: in the kernel, where it is part of one.
+std::string where(const Site& site);
+std::string where(const void* address);
 
 // Notes the barrier and returns whether it is dropped.
 bool dropped(const Site& site);

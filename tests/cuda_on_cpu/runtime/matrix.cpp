@@ -67,14 +67,15 @@ void load(uint64_t* values, unsigned) {
 }  // namespace
 
 void mma_m16n8k16(HalfType type, float* d, const uint32_t* a, const uint32_t* b, Site site) {
+  site.caller = __builtin_return_address(0);
   const Product self{type, d, a, b};
   meet("mma", ~0u, reinterpret_cast<uint64_t>(&self), lane(), site, multiply);
 }
 
 void load_matrix_x4(uint32_t* d, const void* row, bool transposed, Site site) {
-  const void* const caller = __builtin_return_address(0);
-  check_aligned16(row, "ldmatrix", caller);
-  watch(row, 16, Access::read, caller);
+  site.caller = __builtin_return_address(0);
+  check_aligned16(row, "ldmatrix", site.caller);
+  watch(row, 16, Access::read, site.caller);
   const Load self{d, static_cast<const char*>(row), transposed};
   meet("ldmatrix", ~0u, reinterpret_cast<uint64_t>(&self), lane(), site, load);
 }

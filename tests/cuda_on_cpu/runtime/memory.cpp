@@ -16,9 +16,6 @@
 
 #if defined(CUDA_ON_CPU_ASAN)
 #include <sanitizer/asan_interface.h>
-#else
-#define ASAN_POISON_MEMORY_REGION(address, bytes) (static_cast<void>(address), static_cast<void>(bytes))
-#define ASAN_UNPOISON_MEMORY_REGION(address, bytes) (static_cast<void>(address), static_cast<void>(bytes))
 #endif
 
 namespace cuda_on_cpu {
@@ -28,6 +25,15 @@ SharedMemory shared_memory;
 namespace {
 
 constexpr size_t kPage = 4096;
+
+// For AddressSanitizer: memory that belongs to nobody, or to somebody again.
+#if defined(CUDA_ON_CPU_ASAN)
+void forbid(const char* begin, const char* end) { __asan_poison_memory_region(begin, size_t(end - begin)); }
+void allow(Region region) { __asan_unpoison_memory_region(region.begin, region.bytes); }
+#else
+void forbid(const char*, const char*) {}
+void allow(Region) {}
+#endif
 
 size_t up_to(size_t bytes, size_t multiple) { return (bytes + multiple - 1) / multiple * multiple; }
 
@@ -59,6 +65,7 @@ int find_thread_locals(dl_phdr_info* library, size_t, void* kernel) {
 }
 
 std::map<const char*, Buffer> buffers;  // by where they begin
+uint64_t generation = 1;
 
 void forget(Region region) {
   if (region.begin) memset(region.begin, kPoison, region.bytes);
@@ -80,13 +87,13 @@ void find_shared_memory(const Launch& launch) {
 #if !defined(CUDA_ON_CPU_ASAN)
   dl_iterate_phdr(find_thread_locals, const_cast<void*>(launch.kernel));
 #endif
-  ASAN_UNPOISON_MEMORY_REGION(pages.begin, pages.bytes);
+  allow(pages);
   char* const end = pages.begin + pages.bytes;
   shared_memory.dynamic = {end - up_to(launch.shared_bytes, 16), launch.shared_bytes};
-  ASAN_POISON_MEMORY_REGION(pages.begin, shared_memory.dynamic.begin - pages.begin);
+  forbid(pages.begin, shared_memory.dynamic.begin);
   char* const dynamic_end = shared_memory.dynamic.begin + launch.shared_bytes;
   memset(dynamic_end, kPoison, size_t(end - dynamic_end));
-  ASAN_POISON_MEMORY_REGION(dynamic_end, end - dynamic_end);
+  forbid(dynamic_end, end);
 }
 
 void forget_shared_memory() {
@@ -114,9 +121,10 @@ void* allocate(size_t bytes, size_t offset, bool unwritten) {
   char* const begin = end - up_to(bytes + offset, 16) + offset;
   buffer.region = {begin, bytes};
   if (unwritten) buffer.written.resize(bytes);
-  ASAN_POISON_MEMORY_REGION(buffer.pages.begin, begin - buffer.pages.begin);
-  ASAN_POISON_MEMORY_REGION(begin + bytes, end - begin - bytes);
+  forbid(buffer.pages.begin, begin);
+  forbid(begin + bytes, end);
   buffers[begin] = std::move(buffer);
+  ++generation;
   return begin;
 }
 
@@ -124,8 +132,9 @@ void release(void* data) {
   const auto found = buffers.find(static_cast<char*>(data));
   if (found == buffers.end()) return;
   const Region pages = found->second.pages;
-  ASAN_UNPOISON_MEMORY_REGION(pages.begin, pages.bytes);
+  allow(pages);
   buffers.erase(found);
+  ++generation;
   munmap(pages.begin - kPage, pages.bytes + 2 * kPage);
 }
 
@@ -137,6 +146,22 @@ Buffer* buffer_at(const void* address) {
   Buffer& before = (--next)->second;
   return at < before.pages.begin + before.pages.bytes + kPage ? &before : nullptr;
 }
+
+std::string described(const void* address) {
+  const char* const at = static_cast<const char*>(address);
+  const Region dynamic = shared_memory.dynamic;
+  char text[200];
+  if (const Buffer* const buffer = buffer_at(at)) {
+    snprintf(text, sizeof text, "offset %td of a buffer of %zu bytes", at - buffer->region.begin, buffer->region.bytes);
+  } else if (at >= dynamic.begin - kMostSharedBytes && at < dynamic.begin + dynamic.bytes + kPage) {
+    snprintf(text, sizeof text, "offset %td of %zu bytes of dynamic shared memory", at - dynamic.begin, dynamic.bytes);
+  } else {
+    snprintf(text, sizeof text, "address %p", address);
+  }
+  return text;
+}
+
+uint64_t buffers_generation() { return generation; }
 
 void check_buffers() {
 #if !defined(CUDA_ON_CPU_ASAN)
@@ -161,8 +186,7 @@ void check_aligned16(const void* address, const char* what, const void* caller) 
   fail("misaligned: %s at %s, of 16 bytes at an address that is no multiple of 16", what, where(caller).c_str());
 }
 
-void atomic_access(const void* address, int bytes) {
-  const void* const caller = __builtin_return_address(0);
+void atomic_access(const void* address, int bytes, const void* caller) {
   if (reinterpret_cast<uintptr_t>(address) % unsigned(bytes)) {
     fail("misaligned: an atomic operation at %s, of %d bytes", where(caller).c_str(), bytes);
   }

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <string>
 #include <vector>
 
 #include "../launch.h"
@@ -46,6 +48,9 @@ void* allocate(size_t bytes, size_t offset, bool unwritten);
 void release(void* data);
 // The buffer in whose pages, or within a page of them, the address lies.
 Buffer* buffer_at(const void* address);
+// "offset 12 of a buffer of 8 bytes", as far as the address lies near something known.
+std::string described(const void* address);
+uint64_t buffers_generation();  // another number once a buffer comes or goes
 // Reports bytes before and behind the buffers, within their pages, that a kernel has overwritten, and restores them.
 void check_buffers();
 

@@ -10,6 +10,8 @@ extern "C" {
 
 void cuda_on_cpu_set_order(int order) { set_order(order); }
 
+void cuda_on_cpu_set_most_milliseconds(int time) { machine.most_milliseconds = time; }
+
 const char* cuda_on_cpu_take_report() { return take_report(); }
 
 void* cuda_on_cpu_allocate(size_t bytes, size_t offset, int unwritten) { return allocate(bytes, offset, unwritten != 0); }

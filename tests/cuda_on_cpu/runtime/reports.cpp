@@ -13,6 +13,7 @@
 
 #include "checker.h"
 #include "machine.h"
+#include "memory.h"
 
 namespace cuda_on_cpu {
 namespace {
@@ -68,14 +69,16 @@ std::string where(const void* address) {
   std::string line, innermost;
   while (std::getline(frames, line)) {
     const std::string place = line.substr(line.rfind('/') + 1);
-    const std::string file = place.substr(0, place.find(':'));
     if (innermost.empty()) innermost = place;
-    if (file == "device.h" || line.find("/cuda_on_cpu/") != std::string::npos) continue;  // the kernel's line says more
+    const bool ours = place.rfind("device.h:", 0) == 0 || line.find("/cuda_on_cpu/" + place) != std::string::npos;
+    if (ours && place.find(".h:") != std::string::npos) continue;  // the kernel's line says more
     innermost = place;
     break;
   }
   return innermost.substr(0, innermost.find(' '));  // a "(discriminator 2)" may follow
 }
+
+std::string where(const Site& site) { return where(site.caller); }
 
 void fail(const char* format, ...) {
   va_list arguments;
@@ -115,10 +118,10 @@ void report_deadlock() {
     }
     text << "\n  " << count << (count == 1 ? " thread (" : " threads (") << i;
     if (count > 1) text << " to " << last;
-    text << ") wait in " << thread.waits_in << " at " << thread.site.file << ":" << thread.site.line;
+    text << ") wait in " << thread.waits_in << " at " << where(thread.site);
     for (const Meeting& meeting : machine.warps[thread.warp()].meetings) {
       if (!meeting.arrived || meeting.to_leave || meeting.mask != thread.mask) continue;
-      text << " for lanes " << std::hex << (meeting.mask & ~meeting.arrived) << std::dec << " (hexadecimal mask)";
+      text << " for lanes 0x" << std::hex << (meeting.mask & ~meeting.arrived) << std::dec;
     }
   }
   if (finished) text << "\n  " << finished << (finished == 1 ? " has" : " have") << " returned";
@@ -130,22 +133,29 @@ namespace {
 
 std::string found;  // by AddressSanitizer
 
-// Its report is long: what happened (first line), the access, and where in a kernel.
+// Its report is long: what happened and where (first line), and the access.
 void keep_sanitizer_report(const char* text) {
   if (!machine.running || !found.empty()) return;
   std::istringstream lines(text);
-  std::string line, kind, access, place;
+  std::string line, kind, access, place = "?", what = "?";
   while (std::getline(lines, line)) {
     const size_t error = line.find("AddressSanitizer: ");
-    if (kind.empty() && error != std::string::npos) kind = line.substr(error, line.find(" on ") - error);
+    if (kind.empty() && error != std::string::npos) {
+      kind = line.substr(error, line.find(" on ") - error);
+      const auto pointer_behind = [&](const std::string& words) {
+        const size_t at = line.find(words);
+        return reinterpret_cast<const void*>(
+            at == std::string::npos ? 0 : std::stoull(line.substr(at + words.size()), nullptr, 16));
+      };
+      what = described(pointer_behind(" on address "));
+      place = where(pointer_behind(" at pc "));
+    }
     if (access.empty() && (line.rfind("READ", 0) == 0 || line.rfind("WRITE", 0) == 0)) {
       access = line.substr(0, line.find(" at "));
       access = access.substr(0, access.find(" thread "));
     }
-    const size_t slash = line.rfind('/');
-    if (place.empty() && line.find(" #0 ") != std::string::npos && slash != std::string::npos) place = line.substr(slash + 1);
   }
-  found = kind + ": " + access + " at " + place;
+  found = "out of bounds: " + access + ", " + what + ", at " + place + " (" + kind + ")";
 }
 
 }  // namespace
@@ -161,7 +171,7 @@ void check_sanitizers() {
 // process; a fault is ours to report.
 extern "C" const char* __asan_default_options() {
   return "verify_asan_link_order=0:halt_on_error=0:suppress_equal_pcs=0:detect_leaks=0:handle_segv=0:handle_sigbus=0:"
-         "handle_sigill=0:handle_sigfpe=0:detect_stack_use_after_return=0:print_legend=0:use_sigaltstack=0";
+         "handle_sigill=0:handle_sigfpe=0:detect_stack_use_after_return=0:print_legend=0:use_sigaltstack=0:symbolize=0";
 }
 
 [[gnu::constructor]] static void listen() { __asan_set_error_report_callback(keep_sanitizer_report); }

@@ -41,6 +41,7 @@ void resume(Thread& thread) {
 void thread_main() {
   fiber_started();
   machine.launch->call(machine.launch->arguments);
+  check_sanitizers();
   Thread& self = *machine.current;
   if (!self.copies.empty()) fail("returned with %zu asynchronous copies not waited for", self.copies.size());
   self.finished = true;

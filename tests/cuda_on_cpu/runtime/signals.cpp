@@ -19,7 +19,6 @@ namespace {
 
 constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGVTALRM};
 constexpr int kSignalCount = sizeof(kSignals) / sizeof(int);
-constexpr int kMostSeconds = 60;  // of the processor, for a launch
 constexpr size_t kSignalStackBytes = 64 << 10;
 
 sigjmp_buf launcher_context;
@@ -56,11 +55,10 @@ void handle(int signal, siginfo_t* information, void* context) {
 
 void report_fault() {
   const std::string at = where(caught.instruction);
-  const Region dynamic = shared_memory.dynamic;
-  const Buffer* const buffer = buffer_at(caught.address);
   if (caught.signal == SIGVTALRM) {
-    refuse("still runs after %d s, at %s: a loop without end, or a block that waits for another", kMostSeconds,
-           at.c_str());
+    const std::string last = machine.last_access ? where(machine.last_access) : at;
+    refuse("still runs after %g s, at %s: a loop without end, or a block that waits for another", machine.most_milliseconds * 1e-3,
+           last.c_str());
   } else if (caught.signal == SIGILL) {
     refuse("undefined behaviour at %s: an index beyond its array, a misaligned access, or a bad shift or conversion",
            at.c_str());
@@ -70,19 +68,13 @@ void report_fault() {
     refuse("misaligned: a 16-byte access at %s, or one to an address that cannot be", at.c_str());
   } else if (below_a_stack(caught.address)) {
     refuse("a thread's stack of %zu bytes is full at %s", kStackBytes, at.c_str());
-  } else if (buffer) {
-    refuse("out of bounds: offset %td of a buffer of %zu bytes, at %s", caught.address - buffer->region.begin,
-           buffer->region.bytes, at.c_str());
-  } else if (caught.address >= dynamic.begin - kMostSharedBytes && caught.address < dynamic.begin + dynamic.bytes + 8192) {
-    refuse("out of bounds: offset %td of %zu bytes of dynamic shared memory, at %s", caught.address - dynamic.begin,
-           dynamic.bytes, at.c_str());
   } else {
-    refuse("out of bounds: address %p, at %s", static_cast<const void*>(caught.address), at.c_str());
+    refuse("out of bounds: %s, at %s", described(caught.address).c_str(), at.c_str());
   }
 }
 
-void set_timer(int seconds) {
-  const itimerval value{{0, 0}, {seconds, 0}};
+void set_timer(int milliseconds) {
+  const itimerval value{{0, 0}, {milliseconds / 1000, milliseconds % 1000 * 1000}};
   setitimer(ITIMER_VIRTUAL, &value, nullptr);
 }
 
@@ -100,7 +92,7 @@ void run_guarded(void (*body)(void*), void* argument) {
   action.sa_sigaction = handle;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK;
   for (int i = 0; i < kSignalCount; ++i) sigaction(kSignals[i], &action, &before[i]);
-  set_timer(kMostSeconds);
+  set_timer(machine.most_milliseconds);
   if (sigsetjmp(launcher_context, 1) == 0) {
     body(argument);
   } else {
