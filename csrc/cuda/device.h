@@ -118,6 +118,15 @@ __device__ __forceinline__ void store16(T* address, Vector<T> vector) {
 }
 #endif
 
+// Asks for the memory around an address, which must be the launch's to read: it comes as near as the second-level cache.
+#if defined(__CUDACC__)
+__device__ __forceinline__ void prefetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));
+}
+#else
+inline void prefetch(const void*) {}
+#endif
+
 // Asynchronous copies of 16 bytes from global to shared memory, both addresses multiples of 16. Where `valid` is false
 // zeros are written and `source` is not read. A thread's copies up to a commit are a group; copy_async_wait<N> waits
 // for all of the thread's groups but the last N. Other threads see them after a barrier behind the wait.
