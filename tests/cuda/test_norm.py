@@ -55,9 +55,7 @@ def run(
         y = x if in_place else device.empty(*residual.shape, dtype=residual.dtype, offset=offset)
     norms = [on_device(device, part or Norm(), offset) for part in (out_norm, norm)]
     count, size = residual.shape
-    device.load("norm.cu").add_norm(
-        TYPES[residual.dtype], norms[0], x, 0.3, residual, norms[1], y, count, size, None
-    )
+    device.load("norm.cu").add_norm(TYPES[residual.dtype], norms[0], x, 0.3, residual, norms[1], y, count, size, None)
     return residual, y
 
 
