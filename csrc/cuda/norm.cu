@@ -9,7 +9,8 @@ namespace {
 
 constexpr int kWarp = 32;
 
-// One chunk a thread up to 4096 halves, so that a decode step's row is read at once; four blocks on an SM.
+// One chunk a thread up to 4096 halves, so that a decode step's row is read at once. Two blocks fit on an SM: without
+// saying so, the compiler would spill registers to let three.
 constexpr int kMostThreads = 512;
 
 // One warp's share of each sum over the row: of a mean and a variance for each of the two norms.
@@ -100,7 +101,7 @@ __device__ __forceinline__ void normalise(const Norm& norm, Affine<T, kAligned>&
 
 // A block is a row. y may be x: a thread writes only what it alone reads.
 template <typename T, bool kAligned>
-__global__ __launch_bounds__(kMostThreads) void add_norm_kernel(Norm out_norm, const T* x, float residual_scale,
+__global__ __launch_bounds__(kMostThreads, 2) void add_norm_kernel(Norm out_norm, const T* x, float residual_scale,
                                                                 T* residual, Norm norm, T* y, int64_t size) {
   __shared__ Partial partial;
   DYNAMIC_SHARED(Vector<T>, chunks);
