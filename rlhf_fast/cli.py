@@ -7,6 +7,7 @@ Exit status: 0 done, 1 failed, 2 bad usage or configuration. Heavy imports wait 
 from __future__ import annotations
 
 import argparse
+import errno
 import gc
 import json
 import os
@@ -25,6 +26,9 @@ overrides are flat: rlhf-fast ppo --config ppo.yaml max_steps=100 learning_rate=
 several GPUs or nodes: torchrun --nproc_per_node 8 -m rlhf_fast.cli ppo --config ppo.yaml zero_stage=2
 """
 
+# Full, over the quota, over the limit of one file, read-only, broken.
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
@@ -42,6 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RLHFFastError as error:
         print(f"rlhf-fast {args.command}: {error}", file=sys.stderr)
         return error.exit_status
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        file = f"{error.filename}: " if error.filename else ""
+        print(f"rlhf-fast {args.command}: {file}{error.strerror}. Free some space, then --resume", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"rlhf-fast {args.command}: interrupted", file=sys.stderr)
         return 130

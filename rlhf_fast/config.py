@@ -36,6 +36,7 @@ class TrainerConfig:
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0  # 0: no clipping
+    skip_grad_norm: float | None = None  # a step whose gradient norm, before clipping, is larger is dropped: a spike
     num_train_epochs: float = 1.0  # over train_data; max_steps, when set, decides instead
     max_steps: int | None = None
     batch_size: int = 32  # rows of one step, over all ranks
@@ -53,7 +54,7 @@ class TrainerConfig:
     eval_steps: int | None = None  # evaluate every so many steps; None: before and after training only
     save_steps: int | None = None  # checkpoint every so many steps; None: no checkpoint, only final/
     save_total_limit: int = 2  # checkpoints kept, besides the best one
-    max_nonfinite_steps: int = 3  # steps in a row dropped for NaN or infinity before the run stops
+    max_nonfinite_steps: int = 3  # steps in a row dropped for NaN, infinity or a spike before the run stops
     report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
     run_name: str | None = None  # in wandb and the report; default: the name of output_dir
 
@@ -85,6 +86,7 @@ class PPOConfig(TrainerConfig):
     # {"source": ..., "weight": ..., "name": ...}
     reward: str | list[dict[str, Any]] = ""
     reward_timeout: float = 300.0  # seconds for one batch, then an error; no limit: 0
+    on_bad_reward: Literal["error", "skip"] = "error"  # skip: a batch whose reward fails or is not finite is dropped
     missing_eos_penalty: float = 0.0  # subtracted from the score of a completion cut by max_new_tokens
     clip_score: float | None = None  # scores are clipped to +- this
     normalize_scores: bool = False  # to mean 0, deviation 1 over the rollout, before clipping

@@ -66,7 +66,7 @@ class StepResult:
     """What a step did."""
 
     grad_norm: float  # 2-norm of the whole gradient, before clipping; not finite if the step was skipped
-    skipped: bool  # a gradient was not finite: nothing changed on any rank (fp16: but the loss scale, halved)
+    skipped: bool  # not finite, or above skip_grad_norm: nothing changed on any rank (fp16: but the loss scale)
 
 
 class Engine:
@@ -100,6 +100,7 @@ class Engine:
         self._deepspeed = _import_deepspeed(world)
         self._world = world
         self._max_grad_norm = config.max_grad_norm
+        self._skip_grad_norm = config.skip_grad_norm
         self._stage = max(config.zero_stage, 0 if config.dtype in ("float32", "float64") else 1)
         self._offloaded = config.offload_optimizer and world.device.type != "cpu"
         self._layout = {"dtype": config.dtype, "zero_stage": self._stage, "world_size": world.world_size}
@@ -193,20 +194,29 @@ class Engine:
         self._engine.backward(loss * self._world.world_size, scale_wrt_gas=False)
 
     def gradients_are_finite(self) -> bool:
-        """Whether step() would update; the same answer on every rank. After the step's last micro-batch.
+        """Whether step() would update: finite, and within skip_grad_norm. After the step's last micro-batch.
+
+        The same answer on every rank.
 
         For engines that must move together or not at all: ask all, then step() all or zero_grad() all.
         """
-        finite = bool(torch.isfinite(self._gradient_norm()))
-        if not finite and self._layout["dtype"] == "float16":
-            self._engine.optimizer.loss_scaler.update_scale(True)  # as step() would, which will not be called
-        return finite
+        norm, scale = float(self._gradient_norm()), self._loss_scale
+        if not math.isfinite(norm):
+            if self._layout["dtype"] == "float16":
+                self._engine.optimizer.loss_scaler.update_scale(True)  # as step() would, which will not be called
+            return False
+        return self._skip_grad_norm is None or norm <= self._skip_grad_norm * scale
 
     def step(self) -> StepResult:
         """Clip, update the weights, advance the schedule, clear the gradients.
 
-        If any rank's gradient is not finite, no rank changes weights, optimiser state or schedule.
+        If any rank's gradient is not finite, no rank changes weights, optimiser state or schedule. The same if the
+        norm is above skip_grad_norm.
         """
+        if self._skip_grad_norm is not None and not self.gradients_are_finite():
+            dropped = float(self._gradient_norm()) / self._loss_scale
+            self.zero_grad()
+            return StepResult(dropped, skipped=True)
         if self._stage == 0:
             # DeepSpeed looks for NaN, reports the norm and clips by it in its own optimizers; torch's AdamW is bare.
             norm = self._gradient_norm()
@@ -235,6 +245,11 @@ class Engine:
         if self._offloaded:
             optimizer.reset_cpu_buffers()
             optimizer.micro_step_id = 0 if self._stage == 3 else -1  # the next micro-batch overwrites
+
+    @property
+    def _loss_scale(self) -> float:
+        """What fp16 gradients are multiplied by."""
+        return float(self._engine.optimizer.loss_scaler.loss_scale) if self._layout["dtype"] == "float16" else 1.0
 
     def _gradient_norm(self) -> torch.Tensor:
         """2-norm of the whole gradient over all ranks (in fp16: times the loss scale). Needs every rank."""
@@ -283,6 +298,12 @@ class Engine:
             layout = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder}: no saved engine ({error})") from None
+        ranks, mine = layout.get("world_size"), self._world.world_size
+        if ranks != mine:
+            raise CheckpointError(
+                f"{folder}: was saved by {ranks} processes, this run has {mine}. Optimizer state, random numbers and "
+                f"the order of the data are divided among processes: resume with {ranks}"
+            )
         for field, mine in self._layout.items():
             if layout.get(field) != mine:
                 raise CheckpointError(

@@ -38,4 +38,4 @@ class BuildError(RLHFFastError):
 
 
 class NonFiniteError(RLHFFastError):
-    """Training met NaN or infinity too many steps in a row."""
+    """Too many batches in a row could not be trained on: NaN, infinity, a spike, a reward that failed."""

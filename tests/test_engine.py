@@ -189,6 +189,22 @@ def test_finiteness_can_be_asked_before_the_step(world: World, stage: int, dtype
     assert ours.step() == train_step(never, [batch(0)[:4], batch(0)[4:]])
 
 
+@pytest.mark.parametrize(("stage", "dtype"), KINDS)
+def test_a_spike_changes_nothing(world: World, stage: int, dtype: str) -> None:
+    ours, never = engine(world, stage, dtype, skip_grad_norm=100.0), engine(world, stage, dtype)
+    for one in (ours, never):
+        assert not train_step(one, [batch(0)]).skipped
+    before, rate = weights(ours), ours.learning_rate
+    ours.backward(300 * loss(ours, batch(1)).float(), last=True)
+    result = ours.step()
+    assert result.skipped
+    assert 100 < result.grad_norm < float("inf")
+    assert_same(weights(ours), before)
+    assert ours.learning_rate == rate
+    assert train_step(ours, [batch(2)]) == train_step(never, [batch(2)])
+    assert_same(weights(ours), weights(never))
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_float16_halves_its_loss_scale_instead_of_stopping(
     world: World, tmp_path: Path, stage: int, monkeypatch: pytest.MonkeyPatch

@@ -27,6 +27,8 @@ MAY_CHANGE: dict[str, str] = {
     "save_steps": "",
     "save_total_limit": "",
     "max_nonfinite_steps": "",
+    "skip_grad_norm": "",
+    "on_bad_reward": "",
     "report_to": "",
     "run_name": "",
     "trust_remote_code": "",

@@ -45,6 +45,7 @@ RANGES: dict[type[TrainerConfig], dict[str, Range]] = {
         "adam_beta2": Range(0, 1, below=True),
         "adam_epsilon": POSITIVE,
         "max_grad_norm": AT_LEAST_0,
+        "skip_grad_norm": POSITIVE,
         "max_steps": AT_LEAST_1,
         "batch_size": AT_LEAST_1,
         "micro_batch_tokens": AT_LEAST_1,
@@ -88,6 +89,7 @@ RANGES: dict[type[TrainerConfig], dict[str, Range]] = {
 }
 
 HINTS = {
+    "skip_grad_norm": "null: no step is dropped for its size",
     "max_steps": "null: num_train_epochs decides",
     "eval_steps": "null: before and after training only",
     "save_steps": "null: no checkpoints",

@@ -63,6 +63,7 @@ def load_causal_lm(path: str | Path, *, dtype: str, trust_remote_code: bool = Fa
     folder, config = _load_config(path, trust_remote_code)
     model, info = _from_pretrained(AutoModelForCausalLM, folder, config, dtype, trust_remote_code)
     _check_keys(folder, model, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    _check_finite(folder, model)
     _keep_token_ids_only(model)
     return model
 
@@ -92,6 +93,7 @@ def load_scalar_model(path: str | Path, *, dtype: str, trust_remote_code: bool =
         missing -= fresh
         unexpected = {name for name in unexpected if not name.startswith(("lm_head.", "embed_out."))}
     _check_keys(folder, model, missing, unexpected, info["mismatched_keys"])
+    _check_finite(folder, model)
     if not is_reward_model:
         for name in fresh:
             parameter = model.get_parameter(name)
@@ -267,6 +269,17 @@ def _check_keys(folder: Path, model: nn.Module, missing: Any, unexpected: Any, m
             + "; ".join(problems)
             + ". Do config.json and the weights come from the same model?"
         )
+
+
+def _check_finite(folder: Path, model: nn.Module) -> None:
+    """Damaged weights would make every loss NaN, and every step a dropped one."""
+    bad = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.numel() and not torch.stack(parameter.detach().aminmax()).isfinite().all()  # NaN is both
+    ]
+    if bad:
+        raise ModelError(f"{folder}: NaN or infinity among the weights: {some(bad)}. Copy or download it again.")
 
 
 def _keep_token_ids_only(model: Any) -> None:

@@ -93,12 +93,16 @@ class JsonLines:
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         drop_rows_after(path, resume_step)
+        self._path = path
         self._file = path.open("ab", buffering=0)  # unbuffered: kill -9 finds nothing left to lose
 
     def write(self, *rows: Mapping[str, Any]) -> None:
         view = memoryview(b"".join(encode_line(row) for row in rows))
-        while view:  # an unbuffered write may take only a part
-            view = view[self._file.write(view) :]
+        try:
+            while view:  # an unbuffered write may take only a part
+                view = view[self._file.write(view) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None  # the system names no file
 
     def close(self) -> None:
         self._file.close()

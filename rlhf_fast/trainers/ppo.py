@@ -19,7 +19,8 @@ from rlhf_fast.algorithms import AdaptiveKLController, FixedKLController, dschat
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.config_loading import check_config, check_paths
 from rlhf_fast.data import ChatFormat, EpochOrder, Examples, PromptExample, load_rows, prompt_dataset
-from rlhf_fast.distributed import all_reduce_sum, init_distributed
+from rlhf_fast.distributed import all_reduce_sum, gather_objects, init_distributed
+from rlhf_fast.errors import RewardError
 from rlhf_fast.generation import Generator, Rollout
 from rlhf_fast.models import context_length, load_tokenizer, save_model
 from rlhf_fast.rewards import load_reward
@@ -106,6 +107,9 @@ class PPOTrainer:
                 rollout = self.rollout(prompts, step)
             with run.timer("score"):
                 scored = self.score(prompts, rollout)
+                if scored is None:
+                    run.drop("the reward failed", "Mend the reward")
+                    continue
                 experience = self.experience(scored)
             with run.timer("train"):
                 self.update(experience, step)
@@ -121,9 +125,23 @@ class PPOTrainer:
         self.generator.release_cache()
         return rollout
 
-    def score(self, prompts: Sequence[PromptExample], rollout: Rollout) -> Scored:
-        """Ask the rewards; raises RewardError before anything can reach the optimiser."""
-        return score(self.reward, self.tokenizer, prompts, rollout)
+    def score(self, prompts: Sequence[PromptExample], rollout: Rollout) -> Scored | None:
+        """Ask the rewards; raises RewardError before anything can reach the optimiser.
+
+        With on_bad_reward=skip it says what is wrong instead, and returns None on every rank if it was so on one.
+        """
+        if self.config.on_bad_reward == "error":
+            return score(self.reward, self.tokenizer, prompts, rollout)
+        scored, failure = None, ""
+        try:
+            scored = score(self.reward, self.tokenizer, prompts, rollout)
+        except RewardError as error:
+            failure = str(error)
+        failures = [text for text in gather_objects(failure, self.world) if text]
+        if failures:
+            self.run.say(f"step {self.run.step}: {failures[0]}")
+            return None
+        return scored
 
     def experience(self, scored: Scored) -> Experience:
         """Log-probs, values, advantages and returns of a rollout; logs what they look like."""
@@ -297,6 +315,8 @@ class PPOTrainer:
         world = self.world
         prompts = self.eval_prompts[: self.config.num_eval_prompts][world.rank :: world.world_size]
         scored = self.score(prompts, self.rollout(prompts, 0))
+        if scored is None:
+            return {}
         logprobs, ref_logprobs, _ = self.old_outputs(scored.rollout)
         kl = sequence_kl(logprobs, ref_logprobs, scored.rollout.mask)
         metrics = scored.metrics(world)

@@ -99,11 +99,10 @@ class Run:
                     yield self.step
                     self._row |= {f"eval_before/{name.removeprefix('eval/')}": x for name, x in before.items()}
                     before = {}
-                    stopping = any_rank(stop.is_set(), self.world)
-                    self._end_step(started, stopping)
+                    saved = self._end_step(started, stop)
                     progress.update(self.step, self._headline())
-                    if stopping and self.step < self.total_steps:
-                        self._say(f"stopped after step {self.step}; go on with --resume")
+                    if saved and any_rank(stop.is_set(), self.world) and self.step < self.total_steps:
+                        self.say(f"stopped after step {self.step}; go on with --resume")
                         return
                 self._export()
                 exported = True
@@ -131,21 +130,27 @@ class Run:
             self._samples.log(step, split, rows)
 
     def check_finite(self, skipped: bool) -> None:
-        """Count an optimiser step that was dropped for NaN or infinity; too many in a row end the run."""
+        """Count an optimiser step that was dropped for its gradient, or that there was none."""
         if not skipped:
             self.nonfinite_in_a_row = 0
             return
+        limit = self.config.skip_grad_norm
+        spike = "" if limit is None else f" or its norm is above {limit:g} (skip_grad_norm)"
+        self.drop(f"the gradient is not finite{spike}", "Lower learning_rate, use dtype=float32, or look at the data")
+
+    def drop(self, reason: str, advice: str) -> None:
+        """Count a batch that was dropped, on all ranks alike. Raises NonFiniteError for too many in a row."""
         self.nonfinite_in_a_row += 1
         self.nonfinite_steps += 1
-        self._say(f"step {self.step}: gradient is not finite; the batch was dropped and nothing was changed")
+        self.say(f"step {self.step}: {reason}; the batch was dropped and nothing was changed")
         if self.nonfinite_in_a_row >= self.config.max_nonfinite_steps:
             raise NonFiniteError(
-                f"{self.nonfinite_in_a_row} optimiser steps in a row had NaN or infinite gradients, the last in step "
-                f"{self.step}. The weights are those before them. Lower learning_rate, use dtype=float32, or look at "
-                f"the data; raise max_nonfinite_steps to go on longer."
+                f"{self.nonfinite_in_a_row} optimiser steps in a row were dropped, the last in step {self.step}, where "
+                f"{reason}. The weights are those before them. {advice}; raise max_nonfinite_steps to go on longer."
             )
 
-    def _end_step(self, started: float, stopping: bool) -> None:
+    def _end_step(self, started: float, stop: threading.Event) -> bool:
+        """Returns whether the step was saved: because it was due, or because the run is to stop."""
         last = self.step == self.total_steps
         every = self.config.eval_steps
         if last or (every and self.step % every == 0):
@@ -158,9 +163,11 @@ class Run:
         if self._metrics is not None:
             self._metrics.log(self.step, self._row)
         due = self.config.save_steps is not None and self.step % self.config.save_steps == 0
-        if due or (stopping and not last):
-            with self.timer("save"):
-                self._save()
+        if not due and (last or not any_rank(stop.is_set(), self.world)):
+            return False
+        with self.timer("save"):
+            self._save()
+        return True
 
     def _evaluate_at(self, step: int) -> Metrics:
         with self.timer("eval"):
@@ -232,7 +239,7 @@ class Run:
             self._samples = SampleLog(self.folder, self.step)
             for warning in self.warnings:
                 self._metrics.warn(self.step, warning)
-                self._say(warning)
+                self.say(warning)
 
     def _close_logs(self) -> None:
         if self._metrics is not None and self._samples is not None:
@@ -241,7 +248,7 @@ class Run:
             try:
                 write_report(self.folder)
             except OSError as error:  # a full disk: what ended the run is the better message
-                self._say(f"{self.folder / 'report.html'} could not be written: {error.strerror}")
+                self.say(f"{self.folder / 'report.html'} could not be written: {error.strerror}")
 
     def _headline(self) -> Metrics:
         return {short: self._row[name] for name, short in self.headline.items() if name in self._row}
@@ -249,7 +256,8 @@ class Run:
     def _title(self) -> str:
         return type(self.config).__name__.removesuffix("Config").upper()
 
-    def _say(self, message: str) -> None:
+    def say(self, message: str) -> None:
+        """To the person, once for all ranks."""
         if self.world.is_main:
             tqdm.write(f"{self._title()}: {message}", file=sys.stderr)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,16 @@ def uninterrupted(
     assert workplace.run("run", counts=workplace.folder / "counts.json") == 0, workplace.log("run")
     counts = json.loads((workplace.folder / "counts.json").read_text())
     return result(workplace.folder / "run"), counts
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory, server: ForkServer, letters: Path) -> Callable[[int], Any]:
+    """The result of an uninterrupted run on two ranks, by ZeRO stage."""
+
+    @cache
+    def whole(stage: int) -> dict[str, Any]:
+        workplace = make_workplace(tmp_path_factory.mktemp("ranks"), server, letters)
+        assert workplace.run_ranks("run", f"zero_stage={stage}") == [0, 0], workplace.log("run")
+        return result(workplace.folder / "run")
+
+    return whole

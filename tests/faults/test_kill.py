@@ -6,16 +6,13 @@ import json
 import random
 import signal
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.trainers.conftest import write_jsonl
 
-from .conftest import EPOCHS, PROMPTS, Workplace, assert_same, make_workplace, result
-from .fork_server import ForkServer
+from .conftest import EPOCHS, PROMPTS, Workplace, assert_same, result
 from .moments import MOMENTS, Strike
 
 RANKS_MOMENTS = [  # (moment, the rank that is killed, ZeRO stage)
@@ -97,19 +94,6 @@ def test_the_other_trainers(command: str, workplace: Workplace) -> None:
 
 
 # ---- two ranks -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def on_two_ranks(tmp_path_factory: pytest.TempPathFactory, server: ForkServer, letters: Path) -> Callable[[int], Any]:
-    """The result of an uninterrupted run on two ranks, by ZeRO stage."""
-
-    @cache
-    def whole(stage: int) -> dict[str, Any]:
-        workplace = make_workplace(tmp_path_factory.mktemp("ranks"), server, letters)
-        assert workplace.run_ranks("run", f"zero_stage={stage}") == [0, 0], workplace.log("run")
-        return result(workplace.folder / "run")
-
-    return whole
 
 
 @pytest.mark.parametrize(("moment", "rank", "stage"), RANKS_MOMENTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import socket
 from collections.abc import Callable
@@ -241,6 +242,14 @@ WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"has no place for: model.extra.weight",
     ),
     "fewer layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=1), r"has no place for: model.layers.1"),
+    "a weight that is NaN": (
+        lambda f: edit_weights(f, lambda w: w["model.norm.weight"].index_fill_(0, torch.tensor(3), math.nan)),
+        r"NaN or infinity among the weights: model.norm.weight",
+    ),
+    "a weight that is infinite": (
+        lambda f: edit_weights(f, lambda w: w["lm_head.weight"].index_fill_(0, torch.tensor(3), math.inf)),
+        r"NaN or infinity among the weights: lm_head.weight",
+    ),
     "wrong shape": (
         lambda f: edit_weights(f, lambda w: w.update({"model.norm.weight": torch.zeros(7)})),
         r"wrong shapes: model.norm.weight is \[7\], the config says \[32\]",

@@ -1,0 +1,56 @@
+"""A disk that refuses in the middle of a run. No root is needed: a limit on file sizes refuses as a full disk does."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from .conftest import Workplace, assert_same
+
+FILLING = """
+import resource, signal
+calls = 0
+def reward(prompts, completions, **columns):
+    global calls
+    calls += 1
+    if calls == {call}:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGXFSZ])
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
+    return [float(t.count('a')) for t in completions]
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "limit", "settings", "message", "saved"),
+    [
+        # The reward of step 3 is the fourth, that of step 7 the tenth: evaluations come before steps 1, 4 and 7.
+        (4, 50_000, {}, r"checkpoints/step-4 could not be written or read: .*is the disk full", [2]),
+        (4, 3_000, {}, r"\.jsonl: File too large\. Free some space, then --resume", [2]),
+        (10, 50_000, {"save_steps": 6}, r"final could not be written or read: .*", [6]),
+    ],
+    ids=["a checkpoint", "metrics", "the model"],
+)
+def test_what_is_saved_stays_and_the_run_goes_on_when_there_is_room(
+    call: int,
+    limit: int,
+    settings: dict[str, Any],
+    message: str,
+    saved: list[int],
+    workplace: Workplace,
+    uninterrupted: tuple[dict[str, Any], dict[str, int]],
+) -> None:
+    workplace.config |= settings
+    file = workplace.folder / "reward.py"
+    good = file.read_text()
+    file.write_text(FILLING.format(call=call, limit=limit))
+    assert workplace.run("run") == 1
+    log = workplace.log("run")
+    assert re.search(message, log), log
+    assert "Traceback" not in log
+    assert workplace.steps("run") == saved
+    assert not (workplace.folder / "run" / "final").exists()
+    file.write_text(good)
+    assert workplace.run("run", "--resume") == 0, workplace.log("run")
+    assert_same(workplace.folder / "run", uninterrupted[0])
