@@ -298,11 +298,11 @@ class Engine:
             layout = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder}: no saved engine ({error})") from None
-        ranks, mine = layout.get("world_size"), self._world.world_size
-        if ranks != mine:
+        saved, ranks = layout.get("world_size"), self._world.world_size
+        if saved != ranks:
             raise CheckpointError(
-                f"{folder}: was saved by {ranks} processes, this run has {mine}. Optimizer state, random numbers and "
-                f"the order of the data are divided among processes: resume with {ranks}"
+                f"{folder}: was saved by {saved} processes, this run has {ranks}. Optimizer state and random numbers "
+                f"are each process's own: resume with {saved}"
             )
         for field, mine in self._layout.items():
             if layout.get(field) != mine:
