@@ -38,6 +38,7 @@ MAY_CHANGE: dict[str, str] = {
     "num_eval_prompts": NOT_COMPARABLE,
     "micro_batch_tokens": NOT_BIT_FOR_BIT,
     "rollout_batch_size": NOT_BIT_FOR_BIT,
+    "rollout_backend": NOT_BIT_FOR_BIT,
     "gradient_checkpointing": NOT_BIT_FOR_BIT,
     "ops_backend": NOT_BIT_FOR_BIT,
 }

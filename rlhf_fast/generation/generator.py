@@ -173,6 +173,8 @@ class Generator:
         limits = [self._limit(i, prompt, params) for i, prompt in enumerate(prompts)]
         seeds = self._seeds(len(prompts), params, seeds)
         requests = [Request(i, limits[i], seeds[i], j) for i in range(len(prompts)) for j in range(params.n)]
+        if params.min_tokens and len(self._stop_ids(params)) >= self.model.get_input_embeddings().weight.shape[0]:
+            raise ValueError("min_tokens: every token is a stop token, so that none is left to draw before them")
         stop = self._watched(params)
         watchers = [StopStrings(self.tokenizer, stop, params.min_tokens) for _ in requests] if stop else None
         watchers = watchers if watcher is None else [watcher]

@@ -40,6 +40,10 @@ def cost_headlines(run: Run) -> list[Headline]:
     found = [Headline("Steps", short(run.last_step))]
     if wall := run.values("time/wall"):
         found.append(Headline("Wall time", duration(wall[-1])))
+    phases = {name: sum(run.values(f"time/{name}")) for name in ("rollout", "score", "train")}
+    if 0 < phases["rollout"] < math.inf:
+        share = phases["rollout"] / sum(phases.values())
+        found.append(Headline("Rollout", f"{share:.0%}", note="of the time of all steps, evaluation apart"))
     if speed := run.values("perf/tokens_per_s"):
         found.append(Headline("Tokens per second", short(median(speed)), note="median step"))
     if memory := run.values("memory/peak_gb"):

@@ -34,7 +34,13 @@ def evaluate_policy(config: PPOConfig, model_path: str) -> dict[str, float]:
     prompts = prompt_dataset(rows, chat, max_prompt_length=config.max_prompt_length, context=context)
     model = load_causal_lm(model_path, dtype=config.dtype, trust_remote_code=code).to(world.device)
     check_vocabulary(model, tokenizer)
-    generator = Generator(model, tokenizer, max_batch_size=config.rollout_batch_size, ops_backend=config.ops_backend)
+    generator = Generator(
+        model,
+        tokenizer,
+        backend=config.rollout_backend,
+        max_batch_size=config.rollout_batch_size,
+        ops_backend=config.ops_backend,
+    )
     reward = load_reward(config.reward, timeout=config.reward_timeout, device=str(world.device))
     mine = prompts[: config.num_eval_prompts][world.rank :: world.world_size]
     rollout = sample(generator, mine, config, chat=chat, step=0, world=world)

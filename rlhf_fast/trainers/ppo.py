@@ -69,6 +69,7 @@ class PPOTrainer:
         self.generator = Generator(
             self.models.causal_lm,
             self.tokenizer,
+            backend=config.rollout_backend,
             max_batch_size=config.rollout_batch_size,
             ops_backend=config.ops_backend,
         )

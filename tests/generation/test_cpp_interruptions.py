@@ -209,14 +209,40 @@ def test_a_cache_below_one_row_is_an_error_that_says_what_it_takes() -> None:
     assert torch.equal(generator.rollout(PROMPTS, params).tokens[:3], short.tokens)
 
 
-def test_nan_weights() -> None:
+BAD: dict[str, tuple[list[list[int]], dict[str, Any], str]] = {
+    "empty prompt": ([[3], []], {}, "prompt 1 is empty"),
+    "id above": ([[3, 64]], {}, r"prompt 0: token id 64 is out of range; the model has ids 0 to 63"),
+    "id below": ([[3], [-1]], {}, "prompt 1: token id -1 is out of range"),
+    "no room": ([[3] * 128], {}, "prompt 0 has 128 tokens; the model's context holds 128"),
+    "no tokens": (PROMPTS, {"max_tokens": 0}, "max_tokens: must be at least 1, got 0"),
+    "contradiction": (PROMPTS, {"min_tokens": 5, "max_tokens": 4}, r"min_tokens: must be from 0 to max_tokens \(4\)"),
+    "nothing to draw": (PROMPTS, {"min_tokens": 1, "stop_token_ids": range(64)}, "min_tokens: every token is a stop"),
+    "no tokenizer": (PROMPTS, {"stop": "x"}, "stop: stop strings need a tokenizer"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_are_named_and_leave_the_generator_as_it_was(case: str) -> None:
+    prompts, fields, message = BAD[case]
+    generator, params = Generator(tiny_model("llama"), backend="cpp"), SamplingParams(max_tokens=4, seed=0)
+    before = generator.rollout(PROMPTS, params)
+    with pytest.raises(ValueError, match=message):
+        generator.rollout(prompts, SamplingParams(**fields))
+    assert torch.equal(generator.rollout(PROMPTS, params).tokens, before.tokens)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["model.norm", "model.layers.1.mlp.down_proj", "model.embed_tokens", "lm_head"])
+def test_weights_that_are_not_finite(where: str, value: float) -> None:
     model = tiny_model("llama")
-    generator = Generator(model, backend="cpp")
-    kept = model.model.norm.weight[0].item()
+    generator, params = Generator(model, backend="cpp"), SamplingParams(max_tokens=4, seed=0)
+    before = generator.rollout(PROMPTS, params)
+    weight = model.get_submodule(where).weight
     with torch.no_grad():
-        model.model.norm.weight[0] = torch.nan
+        kept = weight.clone()
+        weight.copy_(torch.where(weight > 0, value, weight))
     with pytest.raises(NonFiniteError, match="logits are NaN"):
-        generator.rollout(PROMPTS, SamplingParams(max_tokens=3))
+        generator.rollout(PROMPTS, params)
     with torch.no_grad():
-        model.model.norm.weight[0] = kept
-    assert generator.rollout(PROMPTS, SamplingParams(max_tokens=3, ignore_eos=True)).mask.all()
+        weight.copy_(kept)
+    assert torch.equal(generator.rollout(PROMPTS, params).tokens, before.tokens)

@@ -41,6 +41,17 @@ def make_trainer(model: Path, folder: Path, *, resume: bool = False, **options: 
     return PPOTrainer(config, reward=functools.partial(count, "a"), resume=resume)
 
 
+def test_rollout_backend_chooses_what_decodes(letters_model: Path, tmp_path: Path) -> None:
+    drawn = {}
+    for name in ("auto", "cpp", "transformers"):
+        (tmp_path / name).mkdir()
+        trainer = make_trainer(letters_model, tmp_path / name, rollout_backend=name)
+        drawn[name] = trainer.rollout(trainer.next_prompts(), 1).tokens
+        assert trainer.generator.stats.backend == name.replace("auto", "cpp")
+    assert torch.equal(drawn["cpp"], drawn["auto"])
+    assert torch.equal(drawn["cpp"], drawn["transformers"])
+
+
 @pytest.mark.parametrize("on", [False, True])
 def test_gradient_checkpointing_recomputes_layers(on: bool, letters_model: Path, tmp_path: Path) -> None:
     trainer = make_trainer(letters_model, tmp_path, gradient_checkpointing=on, learning_rate=0.0)
