@@ -31,9 +31,11 @@ struct Tile {
   static constexpr int kStepInputs = 4 * kChunk<T>;
   static constexpr int kTurnInputs = kSteps * kStepInputs;
 
-  __device__ static int output(int group, int lane_output) {
+  __device__ static constexpr int output(int group, int lane_output) {
     return kTransposed ? group * kLaneOutputs + lane_output : 8 * lane_output + group;
   }
+  // Of a lane's j-th load, from the first one's on.
+  __device__ static constexpr int row(int j) { return kTransposed ? j : output(0, j); }
 };
 
 template <typename T>
@@ -68,10 +70,10 @@ using Words = Vector<Word<T>>;
 __device__ __forceinline__ uint32_t bits(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
 __device__ __forceinline__ uint32_t bits(__half x) { return __half_as_ushort(x); }
 
-// The elements i, i + 1, ... of a row; zeros after its end.
+// The next elements of a row that has `size` of them left; zeros after its end.
 template <typename T>
-__device__ __forceinline__ Words<T> load_unaligned(const T* row, int i, int size) {
-  const Vector<T> chunk = load_chunk<false>(row, i, size);
+__device__ __forceinline__ Words<T> load_unaligned(const T* row, int size) {
+  const Vector<T> chunk = load_chunk<false>(row, 0, size);
   if constexpr (sizeof(T) == 4) {
     return chunk;
   } else {
@@ -88,20 +90,19 @@ struct Step {
   using Tile = cuda::Tile<T, kTransposed>;
   Words<T> vectors[Tile::kLoads];
 
-  // k: the lane's first. Zeros where there are no weights.
-  __device__ __forceinline__ void load(const Weights<T>& from, int tile, int group, int k) {
+  // start: the weight of the lane's first output and the step's first k of the lane. Zeros where there are none.
+  __device__ __forceinline__ void load(const Weights<T>& from, const T* start, int output, int k) {
+    const int column = kTransposed ? output : k, columns = kTransposed ? from.out : from.in;
 #pragma unroll
     for (int j = 0; j < Tile::kLoads; ++j) {
-      const int output = tile * Tile::kOutputs + Tile::output(group, kTransposed ? 0 : j);
-      const int row = kTransposed ? k + j : output, column = kTransposed ? output : k;
-      const int rows = kTransposed ? from.in : from.out, columns = kTransposed ? from.out : from.in;
+      const bool there = kTransposed ? k + j < from.in : output + Tile::row(j) < from.out;
+      const T* const weights = start + Tile::row(j) * from.row_stride;
       vectors[j] = {};
-      if (row >= rows || column >= columns) continue;
-      const T* const weights = from.weight + row * from.row_stride;
+      if (!there || column >= columns) continue;
       if constexpr (kAligned) {
-        vectors[j] = load16_streaming(reinterpret_cast<const Word<T>*>(weights + column));
+        vectors[j] = load16_streaming(reinterpret_cast<const Word<T>*>(weights));
       } else {
-        vectors[j] = load_unaligned(weights, column, columns);
+        vectors[j] = load_unaligned(weights, columns - column);
       }
     }
   }
@@ -227,31 +228,48 @@ __device__ __forceinline__ void sum_tile(const Weights<T> (&layers)[kLayers], in
   using Tile = cuda::Tile<T, kTransposed>;
   constexpr int kSteps = Tile::kSteps / kLayers, kTurn = kSteps * Tile::kStepInputs;
   const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+  const int output = tile * Tile::kOutputs + Tile::output(group, 0);
+  int k = first + warp * kTurn + member * kChunk<T>;
+  // Addresses are carried on: computed for each load they would be most of the instructions.
+  const T *weights[kLayers], *x = rows.x + k;
+#pragma unroll
+  for (int l = 0; l < kLayers; ++l) {
+    const int64_t row = kTransposed ? k : output, column = kTransposed ? output : k;
+    weights[l] = layers[l].weight + row * layers[l].row_stride + column;
+  }
   LaneSums<T, kRows, Tile::kLaneOutputs> sums[kLayers];
   for (int turn = first + warp * kTurn; turn < last; turn += kTileWarps * kTurn) {
-    const int k = turn + member * kChunk<T>;
     Step<T, kTransposed, kAligned> steps[kSteps][kLayers];
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
-      for (int l = 0; l < kLayers; ++l) steps[s][l].load(layers[l], tile, group, k + s * Tile::kStepInputs);
+      for (int l = 0; l < kLayers; ++l) {
+        const T* const start = weights[l] + s * Tile::kStepInputs * (kTransposed ? layers[l].row_stride : 1);
+        steps[s][l].load(layers[l], start, output, k + s * Tile::kStepInputs);
+      }
     }
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       const auto load_row = [&](int row) -> Words<T> {
-        const int i = k + s * Tile::kStepInputs, in = layers[0].in;
-        if (row >= rows.count || i >= in) return {};
-        const T* const x = rows.x + row * rows.stride;
-        if constexpr (kAligned) return load16(reinterpret_cast<const Word<T>*>(x + i));
-        return load_unaligned(x, i, in);
+        const int left = layers[0].in - k - s * Tile::kStepInputs;
+        if (row >= rows.count || left <= 0) return {};
+        const T* const start = x + row * rows.stride + s * Tile::kStepInputs;
+        if constexpr (kAligned) return load16(reinterpret_cast<const Word<T>*>(start));
+        return load_unaligned(start, left);
       };
       add(steps[s], group, load_row, sums);
+    }
+    k += kTileWarps * kTurn;
+    x += kTileWarps * kTurn;
+#pragma unroll
+    for (int l = 0; l < kLayers; ++l) {
+      weights[l] += kTileWarps * kTurn * (kTransposed ? layers[l].row_stride : 1);
     }
   }
 #pragma unroll
   for (int l = 0; l < kLayers; ++l) {
-    sums[l].for_each(member, [&](int output, int row, float sum) {
-      out[l].warps[warp][row][Tile::output(group, output)] = sum;
+    sums[l].for_each(member, [&](int lane_output, int row, float sum) {
+      out[l].warps[warp][row][Tile::output(group, lane_output)] = sum;
     });
   }
   __syncthreads();
