@@ -46,7 +46,7 @@ test: lint
 test-slow: .venv/.test
 	$(BIN)/python -m pytest -m slow
 
-# The C++ kernels' tests once more under AddressSanitizer and UBSan: minutes of compiling, so not part of `make test`.
+# The C++ kernels' tests once more under AddressSanitizer and UBSan, compiled for that: not part of `make test`.
 test-sanitizers: .venv/.test
 	$(BIN)/python -m pytest -m sanitizers tests/test_sanitizers.py
 

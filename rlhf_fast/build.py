@@ -89,7 +89,22 @@ def generation_library() -> Library:
 
 
 def _kernels(sources: list[Path]) -> list[Unit]:
-    return [Unit(source, flags) for source in sources for flags in INSTRUCTION_SETS.values()]
+    only = _only_set()
+    sets = INSTRUCTION_SETS.values() if only is None else [INSTRUCTION_SETS[only]]
+    return [Unit(source, flags) for source in sources for flags in sets]
+
+
+def _only_set() -> str | None:
+    """The one set to compile the kernels for, where RLHF_FAST_NATIVE=1 asks for no other than this CPU's, for builds
+    that must be quick and are thrown away; else None."""
+    return best_instruction_set() if os.environ.get("RLHF_FAST_NATIVE") == "1" else None
+
+
+def best_instruction_set() -> str:
+    """The last of INSTRUCTION_SETS that this CPU has whole."""
+    cpu = _cpu_flags().split()
+    runs = [name for name, flags in INSTRUCTION_SETS.items() if all(flag.removeprefix("-m") in cpu for flag in flags)]
+    return runs[-1]
 
 
 @functools.cache
@@ -271,8 +286,11 @@ def _torch_folder() -> Path:
 
 
 def _compile_flags() -> list[str]:
+    only = _only_set()
     return [
-        *("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall"),
+        *("-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall"),
+        *(() if any(word.startswith("-O") for word in compiler()) else ("-O3",)),  # $CXX may say another
+        *(() if only is None else (f"-DRLHF_FAST_ONLY={only}",)),
         # gcc 12's own AVX-512 header sets them off
         *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",

@@ -115,6 +115,33 @@ def test_flags_compiler_and_cpu_decide_too(tmp_path: Path, monkeypatch: pytest.M
     assert key() != plain
 
 
+@pytest.mark.parametrize(
+    ("cpu", "only"),
+    [
+        ("sse2 fma", "baseline"),
+        ("sse2 avx2 fma", "baseline"),  # no f16c
+        ("sse2 avx2 fma f16c avx512f", "avx2"),
+        ("avx2 fma f16c avx512f avx512bw avx512dq avx512vl", "avx512"),
+    ],
+)
+def test_native_is_the_best_set_of_this_cpu_alone(cpu: str, only: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if len(build.INSTRUCTION_SETS) == 1:
+        only = "baseline"
+    monkeypatch.setattr(build, "_cpu_flags", lambda: f"x86_64 {cpu}")
+    assert {unit.flags for unit in build.ops_library().units[1:]} == set(build.INSTRUCTION_SETS.values())
+    monkeypatch.setenv("RLHF_FAST_NATIVE", "1")
+    for library in (build.ops_library(), build.generation_library()):
+        flags = [unit.flags for unit in library.units if unit.source.stem in ("gather_logprobs", "linear")]
+        assert flags == [build.INSTRUCTION_SETS[only]]
+    assert f"-DRLHF_FAST_ONLY={only}" in build._compile_flags()
+
+
+def test_an_optimisation_level_in_cxx_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for command, levels in (("g++", ["-O3"]), ("g++ -O1", [])):
+        monkeypatch.setenv("CXX", command)
+        assert [flag for flag in build._compile_flags() if flag.startswith("-O")] == levels
+
+
 def test_library_deleted_from_the_cache_comes_back(tmp_path: Path, compilations: Path) -> None:
     library = tiny(tmp_path / "source")
     path = build.build(library)

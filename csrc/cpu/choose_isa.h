@@ -4,18 +4,20 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(__x86_64__)
+#include "isa.h"
+
+#if !defined(RLHF_FAST_ONLY)
 #include <cpuid.h>
 #endif
-
-#include "isa.h"
 
 namespace rlhf_fast {
 namespace {
 
 // The best set that this CPU has whole. The environment variable ATEN_CPU_CAPABILITY lowers it, as it does PyTorch's.
 inline Isa choose_isa() {
-#if defined(__x86_64__)
+#if defined(RLHF_FAST_ONLY)
+  return Isa::RLHF_FAST_ONLY;
+#else
   const char* const given = getenv("ATEN_CPU_CAPABILITY");
   const char* const limit = given ? given : "";
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -25,8 +27,8 @@ inline Isa choose_isa() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx2 && strcmp(limit, "default") != 0) return avx512 && strcmp(limit, "avx2") != 0 ? Isa::avx512 : Isa::avx2;
-#endif
   return Isa::baseline;
+#endif
 }
 
 inline Isa isa() {

@@ -39,9 +39,9 @@ def compare(backend: Backend, inputs: dict[str, Any], tolerance: float = 1e-5, *
         assert_zero_outside(actual, inputs["mask"])
 
 
-@settings(max_examples=60, deadline=None)
+@backends
+@settings(max_examples=30, deadline=None)
 @given(
-    st.sampled_from(BACKENDS),
     masks(max_rows=9),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     st.sampled_from([0.0, 0.9, 1.0]),

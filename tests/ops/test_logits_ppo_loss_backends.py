@@ -24,7 +24,7 @@ from torch import Tensor
 from rlhf_fast import ops
 from rlhf_fast.ops import Backend
 from rlhf_fast.ops._dispatch import Implementation
-from tests.ops.logits_loss_cases import ALL, BACKENDS, OPTIONS, backends, doubles, from_a_head, run, tokens
+from tests.ops.logits_loss_cases import ALL, OPTIONS, backends, doubles, from_a_head, run, tokens
 from tests.ops.op_cases import Normals, close, masks, seeds
 from tests.ops.test_gather_logprobs_backends import DTYPES, ROUNDING, likely_ids, make
 
@@ -91,9 +91,9 @@ def test_large_vocabulary(vocabulary: int) -> None:
     compare("cpp", logits, arguments | ALL)
 
 
-@settings(max_examples=30, deadline=None)
+@backends
+@settings(max_examples=15, deadline=None)
 @given(
-    backend=st.sampled_from(BACKENDS),
     dtype=st.sampled_from(DTYPES),
     mask=masks(2, 2),
     vocabulary=st.integers(1, 70),

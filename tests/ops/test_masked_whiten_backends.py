@@ -34,9 +34,9 @@ def compare(backend: Backend, x: Tensor, mask: Tensor, tolerance: float = 1e-5, 
     assert_zero_outside(found, mask)
 
 
-@settings(max_examples=60, deadline=None)
+@backends
+@settings(max_examples=30, deadline=None)
 @given(
-    st.sampled_from(BACKENDS),
     masks(),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     st.booleans(),

@@ -43,9 +43,9 @@ def compare(backend: Backend, inputs: dict[str, Any], tolerance: float = 1e-5, *
         assert_zero_outside(actual, inputs["mask"])
 
 
-@settings(max_examples=60, deadline=None)
+@backends
+@settings(max_examples=30, deadline=None)
 @given(
-    backend=st.sampled_from(BACKENDS),
     mask=masks(max_rows=9),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     estimator=st.sampled_from(["k1", "k2", "k3"]),
