@@ -74,24 +74,28 @@ def number(
     above: float = -math.inf,
     minimum: float = -math.inf,
     maximum: float = math.inf,
+    finite: bool = True,
 ) -> None:
     """A Python number (not a tensor) in the range; None is an argument left out."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{op}: {name} must be a number; got {type(value).__name__}")
-    if value > above and minimum <= value <= maximum:
+    if value > above and minimum <= value <= maximum and not (finite and abs(value) == math.inf):
         return
     wanted = [f"above {above:g}"] if above > -math.inf else []
     wanted += [f"at least {minimum:g}"] if minimum > -math.inf else []
-    wanted += [f"at most {maximum:g}"] if maximum < math.inf else []
-    raise ValueError(f"{op}: {name} must be {' and '.join(wanted) or 'a number'}; got {value!r}")
+    wanted += [f"at most {maximum:g}"] if maximum < math.inf else ["finite"] if finite else []
+    raise ValueError(f"{op}: {name} must be {' and '.join(wanted)}; got {value!r}")
+
+
+def limit(op: str, name: str, value: float | None, *, above: float = -math.inf, minimum: float = -math.inf) -> None:
+    """A number that infinity may stand for: what it limits is then not limited."""
+    number(op, name, value, above=above, minimum=minimum, finite=False)
 
 
 def temperature(op: str, value: float) -> None:
     number(op, "temperature", value, above=0.0)
-    if value == math.inf:  # math.isinf cannot be traced
-        raise ValueError(f"{op}: temperature must be finite; got {value!r}")
 
 
 def ids(op: str, tensor: Tensor, wanted: Sequence[int], why: str, device: torch.device) -> None:
@@ -151,7 +155,7 @@ def head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: 
         shape(op, "bias", bias, weight.shape[:1], "V as in weight")
         same_device(op, "bias", bias, hidden.device)
     number(op, "softcap", softcap, above=0.0)
-    number(op, "scale", scale)
+    number(op, "scale", scale, above=0.0)
 
 
 def token_weights(op: str, weights: Tensor | None, like: Tensor) -> None:
@@ -187,9 +191,9 @@ def policy(
     """The arguments that ppo_loss, logits_ppo_loss and linear_ppo_loss share; `like` is the mask."""
     mask(op, like)
     per_token(op, like, old_logprobs=old_logprobs, advantages=advantages, ref_logprobs=ref_logprobs)
-    number(op, "cliprange", cliprange, minimum=0.0)
-    number(op, "cliprange_high", cliprange_high, minimum=0.0)
-    number(op, "dual_clip", dual_clip, above=1.0)
+    limit(op, "cliprange", cliprange, minimum=0.0)
+    limit(op, "cliprange_high", cliprange_high, minimum=0.0)
+    limit(op, "dual_clip", dual_clip, above=1.0)
     number(op, "kl_coef", kl_coef, minimum=0.0)
     number(op, "entropy_coef", entropy_coef)
     divisor(op, num_tokens)

@@ -74,7 +74,7 @@ def linear_logprobs(
         bias: [V] or None.
         temperature: above 0.
         softcap: above 0, or None.
-        scale: factor of the logits.
+        scale: factor of the logits, above 0.
         return_entropy: also the entropy of the distribution, in nats.
         ignore_index: ids equal to it give exactly 0 and no gradient, whatever hidden holds there.
         backend: see rlhf_fast.ops.

@@ -100,7 +100,7 @@ def ppo_loss(
     if missing and len(missing) < len(value_arguments):
         raise ValueError(f"ppo_loss: values, old_values and returns go together; {' and '.join(missing)} missing")
     _checks.per_token("ppo_loss", mask, **value_arguments)
-    _checks.number("ppo_loss", "cliprange_value", cliprange_value, minimum=0.0)
+    _checks.limit("ppo_loss", "cliprange_value", cliprange_value, minimum=0.0)
     if values is not None and old_values is not None and returns is not None:
         value, value_stats = value_loss(
             values,

@@ -63,7 +63,7 @@ def shaped_gae(
     _checks.estimator("shaped_gae", kl_estimator)
     _checks.number("shaped_gae", "gamma", gamma, minimum=0.0, maximum=1.0)
     _checks.number("shaped_gae", "lam", lam, minimum=0.0, maximum=1.0)
-    _checks.number("shaped_gae", "clip_score", clip_score, above=0.0)
+    _checks.limit("shaped_gae", "clip_score", clip_score, above=0.0)
     if kl_coef and ref_logprobs is None:
         raise ValueError(f"shaped_gae: kl_coef {kl_coef:g} needs ref_logprobs, which is None")
     if kl_coef and kl_estimator != "k1":

@@ -47,7 +47,7 @@ def value_loss(
     """
     _checks.mask("value_loss", mask)
     _checks.per_token("value_loss", mask, values=values, old_values=old_values, returns=returns)
-    _checks.number("value_loss", "cliprange_value", cliprange_value, minimum=0.0)
+    _checks.limit("value_loss", "cliprange_value", cliprange_value, minimum=0.0)
     _checks.divisor("value_loss", num_tokens)
     dtype = compute_dtype(values, old_values, returns)
     implementation = choose_backend("value_loss", backend, mask.device, dtype)

@@ -92,5 +92,5 @@ def test_adaptive_controller_resumes() -> None:
 
 @pytest.mark.parametrize("name", ["kl_coef", "target", "horizon"])
 def test_adaptive_controller_wants_positive_numbers(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be above 0; got 0"):
+    with pytest.raises(ValueError, match=f"{name} must be above 0 and finite; got 0"):
         AdaptiveKLController(**({"kl_coef": 0.1, "target": 6.0, "horizon": 1000} | {name: 0}))
