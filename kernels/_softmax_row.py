@@ -1,8 +1,11 @@
 """The softmax of a row of logits on the GPU and the gradient over it: the parts that the kernels on logits share.
 
 A row belongs to one program. Online softmax (Milakov and Gimelshein 2018) over tiles in which each thread holds whole
-16-byte vectors with a maximum and a sum of its own: one rescaling for eight bf16 logits, nothing exchanged until the
+16-byte vectors with a maximum and sums of its own: one rescaling for eight bf16 logits, nothing exchanged until the
 end. Formulas: csrc/cpu/gather_logprobs.h. A row's result does not depend on the other rows.
+
+The logits equal to the largest are counted apart. Beside their 1 a float would lose the others, and the log-prob of a
+token that is almost certain is made of the others alone; so is its gradient, which the row's end computes once.
 """
 
 # Triton reads the annotations of a kernel's arguments as their types, so they carry none.
@@ -18,6 +21,7 @@ from torch import Tensor
 
 LOG2E = math.log2(math.e)
 LN2 = tl.constexpr(math.log(2.0))
+TO_LOG2 = tl.constexpr(LOG2E)
 
 
 @triton.jit
@@ -28,9 +32,10 @@ def row_start(row, offset, inner, outer_stride, inner_stride):
 
 
 @triton.jit
-def _add(x, largest, total, weighted, scale, ENTROPY: tl.constexpr):
-    # Takes x [THREADS, VECTOR] into the sums so far [THREADS]: of 2^t, and of 2^t * t, with t = (x - largest) * scale.
-    # As long as all is -inf, 0 takes the place of the maximum (-inf - -inf would be NaN) and the sums stay 0.
+def _add(x, largest, count, others, weighted, scale, ENTROPY: tl.constexpr):
+    # Takes x [THREADS, VECTOR] into what is known so far [THREADS]: how many are the largest, and of the others, with
+    # t = (x - largest) * scale, the sum of 2^t and that of 2^t * t. As long as all is -inf, 0 takes the place of the
+    # maximum (-inf - -inf would be NaN) and the sums stay 0.
     x = x.to(tl.float32)
     maximum = tl.maximum(largest, tl.max(x, axis=1))
     finite = tl.where(maximum == -float("inf"), 0.0, maximum)
@@ -39,22 +44,46 @@ def _add(x, largest, total, weighted, scale, ENTROPY: tl.constexpr):
     t = (x - finite[:, None]) * scale
     e = tl.exp2(t)
     if ENTROPY:
-        weighted = tl.where(factor == 0, 0.0, (weighted + shift * total) * factor)
+        weighted = tl.where(factor == 0, 0.0, (weighted + shift * (count + others)) * factor)
         weighted += tl.sum(tl.where(e == 0, 0.0, e * t), axis=1)
-    total = total * factor + tl.sum(e, axis=1)
-    return maximum, total, weighted
+    is_largest = (x == finite[:, None]).to(tl.float32)
+    stays = largest == maximum
+    # Exactly 0 for the largest, as 2^0 is exactly 1; subtracted, so that the NaN of plus infinity stays.
+    others = tl.where(stays, others, (count + others) * factor) + tl.sum(e - is_largest, axis=1)
+    count = tl.where(stays, count, 0.0) + tl.sum(is_largest, axis=1)
+    return maximum, count, others, weighted
 
 
 @triton.jit
 def _add_all(logits, start, end, scale, ENTROPY: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
     places = tl.arange(0, THREADS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     largest = tl.full([THREADS], -float("inf"), tl.float32)
-    total = tl.zeros([THREADS], tl.float32)
+    count = tl.zeros([THREADS], tl.float32)
+    others = tl.zeros([THREADS], tl.float32)
     weighted = tl.zeros([THREADS], tl.float32)
     for first in range(0, end, THREADS * VECTOR):
         x = tl.load(logits + start + first + places, mask=first + places < end, other=-float("inf"))
-        largest, total, weighted = _add(x, largest, total, weighted, scale, ENTROPY)
-    return largest, total, weighted
+        largest, count, others, weighted = _add(x, largest, count, others, weighted, scale, ENTROPY)
+    return largest, count, others, weighted
+
+
+@triton.jit
+def _log2_of_sum(count, others):
+    # log2(count + others); near 1 by log(1 + x) = 2 * artanh(x / (2 + x)), as a sum near 1 has lost the digits of x.
+    more = count - 1.0 + others
+    s = more / (2.0 + more)
+    q = s * s
+    series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11)))))
+    return tl.where((count >= 1.0) & (more < 0.5), 2.0 * s * series * TO_LOG2, tl.log2(count + others))
+
+
+@triton.jit
+def _one_less_exp(x):
+    # 1 - exp(x) for x <= 0, near 0 by its series
+    series = tl.full([], 1.0, tl.float32)
+    for i in tl.static_range(8):
+        series = 1.0 + x * (1.0 / (9 - i)) * series
+    return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
 
 
 @triton.jit
@@ -65,25 +94,26 @@ def read_row(logits, start, vocabulary, id, scale, ENTROPY: tl.constexpr, THREAD
     # same bits in any batch. Multiplying by VECTOR tells the compiler that these rows can be loaded by whole vectors.
     if start % VECTOR == 0:
         whole = start // VECTOR * VECTOR
-        largest, total, weighted = _add_all(logits, whole, body, scale, ENTROPY, THREADS, VECTOR)
+        largest, count, others, weighted = _add_all(logits, whole, body, scale, ENTROPY, THREADS, VECTOR)
     else:
-        largest, total, weighted = _add_all(logits, start, body, scale, ENTROPY, THREADS, VECTOR)
+        largest, count, others, weighted = _add_all(logits, start, body, scale, ENTROPY, THREADS, VECTOR)
     if body < vocabulary:
         column = body + tl.arange(0, THREADS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
         x = tl.load(logits + start + column, mask=column < vocabulary, other=-float("inf"))
-        largest, total, weighted = _add(x, largest, total, weighted, scale, ENTROPY)
+        largest, count, others, weighted = _add(x, largest, count, others, weighted, scale, ENTROPY)
 
     maximum = tl.max(largest, axis=0)
     shift = (largest - tl.where(maximum == -float("inf"), 0.0, maximum)) * scale
     factor = tl.exp2(shift)
-    row_total = tl.sum(total * factor, axis=0)
-    log2_total = tl.log2(row_total)
+    row_count = tl.sum(tl.where(largest == maximum, count, 0.0), axis=0)
+    row_others = tl.sum(tl.where(largest == maximum, others, (count + others) * factor), axis=0)
+    log2_total = _log2_of_sum(row_count, row_others)
     valid = (id >= 0) & (id < vocabulary)
     chosen = tl.load(logits + start + id, mask=valid, other=float("nan")).to(tl.float32)
     entropy = tl.full([], 0.0, tl.float32)
     if ENTROPY:
-        row_weighted = tl.sum(tl.where(factor == 0, 0.0, (weighted + shift * total) * factor), axis=0)
-        entropy = (log2_total - row_weighted / row_total) * LN2
+        row_weighted = tl.sum(tl.where(factor == 0, 0.0, (weighted + shift * (count + others)) * factor), axis=0)
+        entropy = (log2_total - row_weighted / (row_count + row_others)) * LN2
     return maximum, log2_total, chosen, entropy
 
 
@@ -102,11 +132,11 @@ def _split(start, vocabulary, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _gradient(x, is_id, maximum, log2_total, scale, g, a, b):
+def _gradient(x, is_id, maximum, log2_total, scale, at_id, a, b):
     log2_p = (x.to(tl.float32) - maximum) * scale - log2_total
     p = tl.exp2(log2_p)
     dx = tl.where(p == 0, 0.0, p * (a + b * log2_p))
-    return tl.where(is_id, dx + g, dx)
+    return tl.where(is_id, at_id, dx)
 
 
 @triton.jit
@@ -117,6 +147,7 @@ def write_gradient(
     start,
     vocabulary,
     id,
+    chosen,  # its logit
     maximum,
     log2_total,
     entropy,
@@ -132,6 +163,9 @@ def write_gradient(
     h = h * scale * LN2
     a = -g - h * entropy
     b = -h * LN2
+    logprob = logprob_of(chosen, maximum, log2_total, scale)
+    p = tl.exp(logprob)
+    at_id = g * _one_less_exp(logprob) - tl.where(p == 0, 0.0, h * p * (entropy + logprob))
     aligned, head, body = _split(start, vocabulary, VECTOR)
     grad_body = aligned if SAME_LAYOUT else grad_start + head
     id_in_body = id - head
@@ -139,12 +173,12 @@ def write_gradient(
     for first in range(0, body, THREADS * VECTOR):
         place = first + places
         x = tl.load(logits + aligned + place, mask=place < tl.where(used, body, 0), other=0.0)
-        dx = _gradient(x, place == id_in_body, maximum, log2_total, scale, g, a, b)
+        dx = _gradient(x, place == id_in_body, maximum, log2_total, scale, at_id, a, b)
         tl.store(grad_logits + grad_body + place, tl.where(used, dx, 0.0), mask=place < body)
     if body < vocabulary:
         column = tl.where(places < head, places, places + body)
         x = tl.load(logits + start + column, mask=column < tl.where(used, vocabulary, 0), other=0.0)
-        dx = _gradient(x, column == id, maximum, log2_total, scale, g, a, b)
+        dx = _gradient(x, column == id, maximum, log2_total, scale, at_id, a, b)
         tl.store(grad_logits + grad_start + column, tl.where(used, dx, 0.0), mask=column < vocabulary)
 
 

@@ -93,6 +93,8 @@ def _backward_kernel(
     # A row without a gradient is not read: whatever it holds, NaN too, its gradient is 0.
     used = (id != ignore_index) & ((g != 0) | (h != 0))
     start = row_start(row, offset, inner, outer_stride, inner_stride)
+    chosen = tl.load(logits + start + id, mask=used & (id >= 0) & (id < vocabulary), other=0.0).to(tl.float32)
+    tl.debug_barrier()  # in place: all threads must have read it before one writes
     write_gradient(
         grad_logits,
         start if SAME_LAYOUT else row * vocabulary,
@@ -100,6 +102,7 @@ def _backward_kernel(
         start,
         vocabulary,
         id,
+        chosen,
         tl.load(stats + 2 * row),
         tl.load(stats + 2 * row + 1),
         row_entropy,

@@ -33,6 +33,7 @@ def _write_in_place(
     start,
     vocabulary,
     id,
+    chosen,
     maximum,
     log2_total,
     entropy,
@@ -52,6 +53,7 @@ def _write_in_place(
         start,
         vocabulary,
         id,
+        chosen,
         maximum,
         log2_total,
         entropy,
@@ -97,7 +99,7 @@ def _ppo_kernel(
     start = row_start(row, offset, inner, outer_stride, inner_stride)
     id = tl.load(ids + row).to(tl.int64)
     zero = tl.full([], 0.0, tl.float32)
-    maximum, log2_total, logprob, entropy = zero, zero, zero, zero
+    maximum, log2_total, chosen, logprob, entropy = zero, zero, zero, zero, zero
     loss, g, h, ratio, is_clipped, approx_kl = zero, zero, zero, zero, zero, zero
     if tl.load(mask + row):
         maximum, log2_total, chosen, entropy = read_row(logits, start, vocabulary, id, scale, True, THREADS, VECTOR)
@@ -132,7 +134,7 @@ def _ppo_kernel(
     tl.store(found + 3 * rows + row, is_clipped)
     tl.store(found + 4 * rows + row, entropy)
     tl.store(found + 5 * rows + row, ratio)
-    _write_in_place(logits, start, vocabulary, id, maximum, log2_total, entropy, g, h, scale, THREADS, VECTOR)
+    _write_in_place(logits, start, vocabulary, id, chosen, maximum, log2_total, entropy, g, h, scale, THREADS, VECTOR)
 
 
 @triton.jit(do_not_specialize=["rows", "offset", "inner", "outer_stride", "inner_stride"])
@@ -157,7 +159,7 @@ def _cross_entropy_kernel(
     start = row_start(row, offset, inner, outer_stride, inner_stride)
     id = tl.load(ids + row).to(tl.int64)
     zero = tl.full([], 0.0, tl.float32)
-    maximum, log2_total, logprob, weight, is_largest = zero, zero, zero, zero, zero
+    maximum, log2_total, chosen, logprob, weight, is_largest = zero, zero, zero, zero, zero, zero
     if tl.load(mask + row):
         maximum, log2_total, chosen, _ = read_row(logits, start, vocabulary, id, scale, False, THREADS, VECTOR)
         logprob = logprob_of(chosen, maximum, log2_total, scale)
@@ -169,7 +171,7 @@ def _cross_entropy_kernel(
     tl.store(found + rows + row, -weight * logprob)
     tl.store(found + 2 * rows + row, is_largest)
     g = -weight / tl.load(num_tokens)
-    _write_in_place(logits, start, vocabulary, id, maximum, log2_total, zero, g, zero, scale, THREADS, VECTOR)
+    _write_in_place(logits, start, vocabulary, id, chosen, maximum, log2_total, zero, g, zero, scale, THREADS, VECTOR)
 
 
 @torch.library.custom_op("rlhf_fast::logits_ppo_loss_triton_", mutates_args=("logits",))

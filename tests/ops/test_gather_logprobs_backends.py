@@ -78,13 +78,11 @@ def compare(
         torch.testing.assert_close(actual.double(), exact, rtol=tolerance, atol=1e-6)
     assert found[2].dtype == logits.dtype
     largest = float(expected[2].abs().max())
-    # Triton sums a row in float32: where a token has almost all probability, 1 - p is known to a unit of rounding of 1.
-    upstream = float(torch.stack([g, h]).abs().max()) / temperature if g.numel() and backend == "triton" else 0.0
     torch.testing.assert_close(
         found[2].double(),
         expected[2],
         rtol=ROUNDING[logits.dtype],
-        atol=1e-6 * largest + 2.0**-23 * upstream + (1e-7 if logits.dtype == torch.float16 else 0),
+        atol=1e-6 * largest + (1e-7 if logits.dtype == torch.float16 else 0),
     )
 
 
@@ -97,15 +95,17 @@ def test_against_float64(backend: Backend, dtype: torch.dtype, vocabulary: int) 
 
 
 @pytest.mark.parametrize("vocabulary", [2, 9, 70, 3001])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("gap", [5.0, 9.0, 14.0, 20.0])
-def test_a_token_that_is_almost_certain_cpp(dtype: torch.dtype, vocabulary: int, gap: float) -> None:
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("cpp", torch.float32), ("cpp", torch.float64), ("triton", torch.float32)]
+)
+@pytest.mark.parametrize("gap", [1.0, 5.0, 9.0, 14.0, 20.0])
+def test_a_token_that_is_almost_certain(backend: Backend, dtype: torch.dtype, vocabulary: int, gap: float) -> None:
     """Its log-prob and its gradient are small differences from 0, and as exact as any."""
     logits = make((3, vocabulary), dtype, scale=0.1) - gap - math.log(vocabulary)
     ids = torch.tensor([0, vocabulary // 2, vocabulary - 1])
     logits[torch.arange(3), ids] = 0
     leaf, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    logprobs, entropy = ops.gather_logprobs(leaf, ids, return_entropy=True, backend="cpp")
+    logprobs, entropy = ops.gather_logprobs(leaf, ids, return_entropy=True, backend=backend)
     expected = ops.reference.gather_logprobs(exact, ids, return_entropy=True)
     for found, right in zip((logprobs, entropy), expected, strict=True):
         torch.testing.assert_close(found.double(), right, rtol=3e-6, atol=0)
@@ -135,9 +135,9 @@ def test_large_vocabulary() -> None:
     compare("cpp", logits, torch.tensor([5, 262_143]))
 
 
-@settings(max_examples=40, deadline=None)
+@backends
+@settings(max_examples=20, deadline=None)
 @given(
-    backend=st.sampled_from(BACKENDS),
     dtype=st.sampled_from(DTYPES),
     rows=st.integers(1, 3),
     vocabulary=st.integers(1, 70),
