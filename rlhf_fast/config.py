@@ -54,6 +54,7 @@ class TrainerConfig:
     eval_steps: int | None = None  # evaluate every so many steps; None: before and after training only
     save_steps: int | None = None  # checkpoint every so many steps; None: no checkpoint, only final/
     save_total_limit: int = 2  # checkpoints kept, besides the best one
+    on_save_error: Literal["error", "continue"] = "error"  # continue: train on without the checkpoint; one process only
     max_nonfinite_steps: int = 3  # steps in a row dropped for NaN, infinity or a spike before the run stops
     report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
     run_name: str | None = None  # in wandb and the report; default: the name of output_dir

@@ -26,6 +26,7 @@ MAY_CHANGE: dict[str, str] = {
     "eval_steps": "",
     "save_steps": "",
     "save_total_limit": "",
+    "on_save_error": "",
     "max_nonfinite_steps": "",
     "skip_grad_norm": "",
     "on_bad_reward": "",

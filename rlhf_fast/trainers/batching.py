@@ -36,12 +36,14 @@ def count_steps(config: TrainerConfig, rows: int, rows_per_step: int) -> int:
 
 
 def check_ranks(config: TrainerConfig, world: World) -> None:
-    """Raise ConfigError for a batch_size that does not divide among the ranks: each must have as many rows."""
+    """Raise ConfigError for what cannot work on so many ranks: a batch_size that does not divide among them."""
     rows, what = config.batch_size, "batch_size"
     if isinstance(config, PPOConfig):
         rows, what = config.batch_size // config.num_generations, "batch_size / num_generations"
     if rows % world.world_size:
         raise ConfigError(f"batch_size: {what} is {rows}, which must be a multiple of the {world.world_size} processes")
+    if config.on_save_error == "continue" and world.world_size > 1:
+        raise ConfigError("on_save_error: continue needs a single process: one rank that cannot save stops the others")
     mine = config.batch_size // world.world_size
     if isinstance(config, PPOConfig) and mine < config.num_mini_batches:
         raise ConfigError(

@@ -25,7 +25,7 @@ from rlhf_fast.checkpoint import atomic_dir, rng_state, save_checkpoint, set_rng
 from rlhf_fast.config import TrainerConfig
 from rlhf_fast.distributed import World, any_rank
 from rlhf_fast.engine import Engine
-from rlhf_fast.errors import NonFiniteError
+from rlhf_fast.errors import CheckpointError, NonFiniteError
 from rlhf_fast.report import summary_table, write_report
 from rlhf_fast.tracking import MetricsLogger, PhaseTimer, Progress, SampleLog, peak_memory_gb
 from rlhf_fast.trainers.run_folder import mark_finished, release_run_folder
@@ -163,10 +163,17 @@ class Run:
         if self._metrics is not None:
             self._metrics.log(self.step, self._row)
         due = self.config.save_steps is not None and self.step % self.config.save_steps == 0
-        if not due and (last or not any_rank(stop.is_set(), self.world)):
+        stopping = not last and any_rank(stop.is_set(), self.world)
+        if not due and not stopping:
             return False
-        with self.timer("save"):
-            self._save()
+        try:
+            with self.timer("save"):
+                self._save()
+        except CheckpointError as error:
+            if self.config.on_save_error == "error" or stopping:
+                raise
+            self.say(f"step {self.step}: {error}; the run goes on unsaved")
+            return False
         return True
 
     def _evaluate_at(self, step: int) -> Metrics:

@@ -43,7 +43,11 @@ class Workplace:
         )
 
     def run(self, name: str, *arguments: str, **options: Any) -> int:
-        return self.start(name, *arguments, **options).wait()
+        process = self.start(name, *arguments, **options)
+        status = process.wait()
+        if "--resume" in arguments:  # for docs/faults.md: pytest -s
+            print(f"\nresumed, to the end: {process.seconds:.2f} s of processor time")
+        return status
 
     def run_ranks(self, name: str, *arguments: str, at: Strike | None = None, rank: int = 0) -> list[int]:
         """The same on two ranks, of which `rank` is struck. When one dies, the other is ended as launchers do."""

@@ -33,13 +33,14 @@ class Process:
     server: ForkServer
     pid: int
     log: Path
+    seconds: float = 0.0  # of processor time, once it has ended
 
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
 
     def wait(self) -> int:
         """The exit status, or minus the number of the signal that ended it."""
-        status = self.server.ask({"wait": self.pid})
+        status, self.seconds = self.server.ask({"wait": self.pid})
         assert status != "hung", f"did not end in {PATIENCE:g} s: {self.log.read_text()}"
         return status
 
@@ -113,20 +114,19 @@ class _Server:
         self.children.add(pid)
         return pid
 
-    def wait(self, pid: int) -> int | str:
+    def wait(self, pid: int) -> tuple[int | str, float]:
         deadline = time.monotonic() + PATIENCE
-        answer: int | str = "hung"
-        while time.monotonic() < deadline:
-            ended, status = os.waitpid(pid, os.WNOHANG)
+        while True:
+            ended, status, usage = os.wait4(pid, os.WNOHANG)
             if ended:
-                answer = os.waitstatus_to_exitcode(status)
-                break
+                self.children.discard(pid)
+                return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                self.children.discard(pid)
+                return "hung", 0.0
             time.sleep(0.005)
-        else:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        self.children.discard(pid)
-        return answer
 
 
 def _run(request: dict[str, Any]) -> None:

@@ -15,9 +15,9 @@ calls = 0
 def reward(prompts, completions, **columns):
     global calls
     calls += 1
-    if calls == {call}:
+    if calls in {limits}:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGXFSZ])
-        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limits}[calls], resource.RLIM_INFINITY))
     return [float(t.count('a')) for t in completions]
 """
 
@@ -44,7 +44,7 @@ def test_what_is_saved_stays_and_the_run_goes_on_when_there_is_room(
     workplace.config |= settings
     file = workplace.folder / "reward.py"
     good = file.read_text()
-    file.write_text(FILLING.format(call=call, limit=limit))
+    file.write_text(FILLING.format(limits={call: limit}))
     assert workplace.run("run") == 1
     log = workplace.log("run")
     assert re.search(message, log), log
@@ -54,3 +54,18 @@ def test_what_is_saved_stays_and_the_run_goes_on_when_there_is_room(
     file.write_text(good)
     assert workplace.run("run", "--resume") == 0, workplace.log("run")
     assert_same(workplace.folder / "run", uninterrupted[0])
+
+
+def test_by_option_it_goes_on_without_the_checkpoint(
+    workplace: Workplace, uninterrupted: tuple[dict[str, Any], dict[str, int]]
+) -> None:
+    (workplace.folder / "reward.py").write_text(FILLING.format(limits={4: 50_000, 7: -1}))  # of steps 3 and 5
+    assert workplace.run("run", "on_save_error=continue") == 0, workplace.log("run")
+    assert re.search(r"step 4: .*/step-4 could not be written.*; the run goes on unsaved", workplace.log("run"))
+    assert workplace.steps("run") == [6, 8]
+    assert_same(workplace.folder / "run", uninterrupted[0])
+
+
+def test_several_processes_cannot_go_on_so(workplace: Workplace) -> None:
+    assert workplace.run_ranks("run", "on_save_error=continue") == [2, 2]
+    assert "on_save_error: continue needs a single process" in workplace.log("run")

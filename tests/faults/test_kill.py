@@ -15,6 +15,17 @@ from tests.trainers.conftest import write_jsonl
 from .conftest import EPOCHS, PROMPTS, Workplace, assert_same, result
 from .moments import MOMENTS, Strike
 
+NO_RESUME = [name for name in MOMENTS if name != "a checkpoint is loaded"]
+FAST = {
+    "a rollout",
+    "forward and backward",
+    "between two optimiser steps",
+    "a step in the metrics, not yet saved",
+    "between the files of a checkpoint",
+    "after the rename",
+    "an old checkpoint out of sight",
+    "final/ is written, the report is not",
+}
 RANKS_MOMENTS = [  # (moment, the rank that is killed, ZeRO stage)
     ("between the files of a checkpoint", 1, 2),
     ("before the rename", 0, 2),
@@ -34,7 +45,9 @@ def kill(moment: str, calls: int) -> Strike:
     return Strike(moment, random.Random(moment).randint(1, calls), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("moment", [name for name in MOMENTS if name != "a checkpoint is loaded"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in NO_RESUME]
+)
 def test_killed_and_resumed(
     moment: str, workplace: Workplace, uninterrupted: tuple[dict[str, Any], dict[str, int]]
 ) -> None:
@@ -77,20 +90,26 @@ def test_three_epochs_in_their_order(uninterrupted: tuple[dict[str, Any], dict[s
 SUPERVISED = {"sft": {"prompt": "ab", "completion": "xy"}, "reward": {"prompt": "ab", "chosen": "xx", "rejected": "y"}}
 
 
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "between the files of a checkpoint",
+        pytest.param("an optimiser step", marks=pytest.mark.slow),
+        pytest.param("after the rename", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("command", SUPERVISED)
-def test_the_other_trainers(command: str, workplace: Workplace) -> None:
+def test_the_other_trainers(command: str, moment: str, workplace: Workplace) -> None:
     drop = ("reward", "max_new_tokens", "num_mini_batches", "kl_target", "num_sample_rows")
     workplace.config = {key: value for key, value in workplace.config.items() if key not in drop}
-    fields = SUPERVISED[command]
-    rows = [{**fields, "prompt": prompt} for prompt in PROMPTS]
+    rows = [SUPERVISED[command] | {"prompt": prompt} for prompt in PROMPTS]
     write_jsonl(workplace.folder / "prompts.jsonl", rows)
     write_jsonl(workplace.folder / "eval.jsonl", rows[:3])
     workplace.command = command
     assert workplace.run("whole") == 0, workplace.log("whole")
-    for i, moment in enumerate(("an optimiser step", "between the files of a checkpoint", "after the rename")):
-        assert workplace.run(f"run{i}", at=kill(moment, 4)) == -signal.SIGKILL, workplace.log(f"run{i}")
-        assert workplace.run(f"run{i}", "--resume") == 0, workplace.log(f"run{i}")
-        assert_same(workplace.folder / f"run{i}", result(workplace.folder / "whole"))
+    assert workplace.run("run", at=kill(moment, 4)) == -signal.SIGKILL, workplace.log("run")
+    assert workplace.run("run", "--resume") == 0, workplace.log("run")
+    assert_same(workplace.folder / "run", result(workplace.folder / "whole"))
 
 
 # ---- two ranks -------------------------------------------------------------------------------------------------------

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
+import time
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.trainers.conftest import read_metrics
 
 from .conftest import Workplace, assert_same
+from .fork_server import ROOT
 from .moments import Strike
 
 # (moment, its call, signal, the step under way). The first rollout and reward are those of the evaluation before.
@@ -85,3 +91,27 @@ def test_a_signal_to_one_rank_stops_both(workplace: Workplace, on_two_ranks: Any
     assert "Traceback" not in workplace.log("run")
     assert workplace.run_ranks("run", "zero_stage=2", "--resume") == [0, 0], workplace.log("run")
     assert_same(workplace.folder / "run", on_two_ranks(2))
+
+
+@pytest.mark.slow
+def test_torchrun_passes_the_signal_on(workplace: Workplace, on_two_ranks: Any) -> None:
+    reward = workplace.folder / "reward.py"
+    quick = reward.read_text()
+    reward.write_text(quick.replace("    return", "    import time; time.sleep(0.5)\n    return"))
+    file, output_dir = workplace.folder / "run.yaml", workplace.folder / "run"
+    file.write_text(yaml.safe_dump(workplace.config | {"output_dir": str(output_dir)}))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, "-m", "rlhf_fast.cli", "ppo", "--config", str(file), "zero_stage=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True) as launcher:
+        metrics, deadline = output_dir / "metrics.jsonl", time.monotonic() + 300
+        while not (metrics.exists() and metrics.read_bytes().count(b"\n")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        launcher.send_signal(signal.SIGTERM)
+        errors = launcher.communicate(timeout=300)[1]
+    step = read_metrics(output_dir)[-1]["step"]
+    assert f"stopped after step {step}" in errors, errors
+    assert workplace.steps("run")[-1] == step < 8
+    reward.write_text(quick)
+    assert workplace.run_ranks("run", "zero_stage=2", "--resume") == [0, 0], workplace.log("run")
+    assert_same(output_dir, on_two_ranks(2))
