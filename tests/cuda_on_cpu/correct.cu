@@ -106,6 +106,7 @@ KERNEL(last_block) {
   }
   __syncthreads();
   if (!last) return;
+  __threadfence();
   float count = 0;
   for (unsigned block = 0; block < gridDim.x; ++block) count += a.scratch[block];
   a.out[i] = a.x[i] + count - float(gridDim.x);
@@ -120,6 +121,7 @@ KERNEL(last_block_all_threads_write) {  // all write, all fence, a barrier, one 
   __syncthreads();
   if (i == 0) last = atomicAdd(a.counter, 1) == blocks - 1;
   __syncthreads();
+  __threadfence();
   if (last) a.out[i] = a.x[i] + (i < 64 / blocks * blocks ? a.scratch[i] - 1 : 0);
 }
 
@@ -131,6 +133,7 @@ KERNEL(last_block_fence_behind_a_barrier) {  // all write, a barrier, one fences
   if (i == 0) {
     __threadfence();
     last = atomicAdd(a.counter, 1) == blocks - 1;
+    __threadfence();
   }
   __syncthreads();
   if (last) a.out[i] = a.x[i] + (i < 64 / blocks * blocks ? a.scratch[i] - 1 : 0);

@@ -34,6 +34,7 @@ class Device:
         self._machine.cuda_on_cpu_take_report()
         self._machine.cuda_on_cpu_set_order(order)
         self.limit(60)
+        self.drop()
 
     def load(self, *sources: str | Path, include: Sequence[Path] = (build.KERNELS,)) -> Kernels:
         """The library of these .cu files: names in csrc/cuda, or paths. Compiled at first use."""

@@ -93,6 +93,19 @@ KERNEL(last_block_without_fence) {
     last = atomicAdd(a.counter, 1) == int(gridDim.x) - 1;
   }
   __syncthreads();
+  __threadfence();
+  if (last) a.out[i] = a.x[i] + a.scratch[0] - 1;
+}
+
+KERNEL(last_block_without_fence_before_reading) {
+  __shared__ bool last;
+  const int i = threadIdx.x;
+  if (i == 0) {
+    a.scratch[blockIdx.x] = 1;
+    __threadfence();
+    last = atomicAdd(a.counter, 1) == int(gridDim.x) - 1;
+  }
+  __syncthreads();
   if (last) a.out[i] = a.x[i] + a.scratch[0] - 1;
 }
 
@@ -105,6 +118,7 @@ KERNEL(last_block_of_another_counter) {
     last = atomicAdd(a.counter + blockIdx.x, 1) == 0 && blockIdx.x == 1;
   }
   __syncthreads();
+  __threadfence();
   if (last) a.out[i] = a.x[i] + a.scratch[0] - 1;
 }
 

@@ -31,6 +31,7 @@ FAULTS = {
     "no_barrier_before_atomic": (WRONG, r"uninitialised: atomic operation at faulty.cu", WRONG),
     "two_blocks_one_place": (RIGHT, r"race on a buffer .*written by thread \d+ of another block", RIGHT),
     "last_block_without_fence": (RIGHT, r"race on a buffer .*written by thread 0 of another block", RIGHT),
+    "last_block_without_fence_before_reading": (RIGHT, r"race on a buffer .*written by thread 0 of another", RIGHT),
     "last_block_of_another_counter": (WRONG, r"race on a buffer .*written by thread 0 of another block", WRONG),
     "unwritten_dynamic_shared": (WRONG, r"thread \(40, 0, 0\): uninitialised: read", WRONG),
     "unwritten_static_shared": (WRONG, r"thread \(40, 0, 0\): uninitialised: read", RIGHT),

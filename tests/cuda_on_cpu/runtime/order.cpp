@@ -51,7 +51,12 @@ void Order::fence() {
   const Thread& self = *machine.current;
   Clocks& clocks = clocks_[self.warp()];
   if (fences_.empty()) fences_.resize(size_t(machine.count));
-  fences_[size_t(self.id)] = {epoch_, clocks.seen[self.lane()][self.lane()]};
+  const Moment now{epoch_, clocks.seen[self.lane()][self.lane()]};
+  fences_[size_t(self.id)] = now;
+  for (auto& entry : acquired_) {
+    Acquisition& operation = entry.second;
+    if (!operation.fenced && follows(self.id, now, operation)) operation.fenced = epoch_;
+  }
   clocks.seen[self.lane()][self.lane()]++;
   clocks.moved = true;
 }
@@ -59,8 +64,9 @@ void Order::fence() {
 void Order::atomic(uintptr_t address) {
   const int thread = machine.current->id;
   const Record record = now(nullptr);
-  if (!fences_.empty()) published_[block_start_].push_back({address, thread, {record.epoch, record.clock}, fences_});
-  acquired_.try_emplace(address, Acquisition{thread, epoch_});
+  const Moment at{record.epoch, record.clock};
+  if (!fences_.empty()) published_[block_start_].push_back({address, thread, at, fences_});
+  acquired_.try_emplace(address, Acquisition{thread, at, 0});
 }
 
 Record Order::now(const void* caller) const {
@@ -122,8 +128,14 @@ bool Order::in_another_block_before(const Record& record, uintptr_t address) con
 
 bool Order::acquired(uintptr_t address) const {
   const auto found = acquired_.find(address);
-  if (found == acquired_.end()) return false;
-  return found->second.epoch < epoch_ || found->second.thread == machine.current->id;
+  if (found == acquired_.end() || !found->second.fenced) return false;
+  const int self = machine.current->id;
+  return found->second.fenced < epoch_ || follows(self, fences_[size_t(self)], found->second);
+}
+
+bool Order::follows(int thread, Moment fence, const Acquisition& operation) {
+  if (fence.epoch != operation.at.epoch) return fence.epoch > operation.at.epoch;
+  return thread == operation.thread && fence.clock >= operation.at.clock;
 }
 
 bool Order::published(const Publication& publication, const Record& record) const {

@@ -1,5 +1,6 @@
-// What comes before what: barriers order a block's threads, __syncwarp a warp's, and blocks are ordered by a fence
-// followed by an atomic operation on an address on which the other block has one too (the "last block" pattern).
+// What comes before what: barriers order a block's threads, __syncwarp a warp's. Two blocks are ordered as PTX's memory
+// model says: write, fence, atomic operation in the one; atomic operation on the same address, fence, read in the other
+// (the "last block" pattern). Within a block, barriers may lead from one thread's step to the next thread's.
 #pragma once
 
 #include <cstdint>
@@ -43,9 +44,11 @@ class Order {
     Moment at;
     std::vector<Moment> fences;  // of each thread
   };
+  // This block's first atomic operation on an address, and in which epoch a fence first followed it, or 0.
   struct Acquisition {
     int thread;
-    uint32_t epoch;
+    Moment at;
+    uint32_t fenced;
   };
   // seen[a][b]: lane a comes after lane b's accesses up to that clock; seen[b][b] is lane b's clock.
   struct Clocks {
@@ -57,6 +60,8 @@ class Order {
   bool in_another_block_before(const Record& record, uintptr_t address) const;
   bool acquired(uintptr_t address) const;
   bool published(const Publication& publication, const Record& record) const;
+  // Whether a fence by that thread, at that moment, follows the operation.
+  static bool follows(int thread, Moment fence, const Acquisition& operation);
   void reset(Clocks& clocks);
 
   uint32_t epoch_ = 0, launch_start_ = 0, block_start_ = 0;

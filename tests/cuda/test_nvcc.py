@@ -1,0 +1,88 @@
+"""nvcc compiles every kernel for every architecture, and none keeps variables in memory: no spills, no stack.
+
+The resources of each kernel are printed: pytest -s tests/cuda/test_nvcc.py
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cuda_on_cpu.build import KERNELS
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+SOURCES = sorted(path.name for path in KERNELS.glob("*.cu"))
+
+
+def nvcc() -> str:
+    """CUDA's compiler. It needs no GPU."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    program = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    assert program, "no nvcc on PATH or in $CUDA_HOME/bin: install the CUDA toolkit, or pass -m 'not nvcc' to pytest"
+    return program
+
+
+def resources(said: str) -> dict[str, dict[str, int]]:
+    """Kernel -> registers, bytes of static shared memory, stack and spills, from what ptxas -v says."""
+    table: dict[str, dict[str, int]] = {}
+    for part in said.split("Compiling entry function '")[1:]:
+        numbers = {
+            name: sum(map(int, re.findall(pattern, part)))
+            for name, pattern in {
+                "registers": r"Used (\d+) registers",
+                "shared": r"(\d+) bytes smem",
+                "stack": r"(\d+) bytes stack frame",
+                "spills": r"(\d+) bytes spill",
+                "local": r"(\d+) bytes lmem",
+            }.items()
+        }
+        table[part.partition("'")[0]] = numbers
+    return table
+
+
+def readable(symbols: list[str]) -> list[str]:
+    done = subprocess.run(["c++filt", *symbols], capture_output=True, text=True, check=True)
+    return [name.removeprefix("void ").replace("rlhf_fast::cuda::", "").partition("(")[0] for name in
+            done.stdout.replace("(anonymous namespace)::", "").splitlines()]  # fmt: skip
+
+
+@pytest.mark.nvcc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_kernels_keep_all_in_registers(source: str, architecture: str, tmp_path: Path) -> None:
+    command = [nvcc(), "-std=c++17", f"-arch={architecture}", "-cubin", "-Xptxas=-v", "-Werror=all-warnings"]
+    done = subprocess.run(
+        [*command, str(KERNELS / source), "-o", str(tmp_path / "out.cubin")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    table = resources(done.stderr)
+    has_kernels = "__global__" in (KERNELS / source).read_text()
+    assert bool(table) == has_kernels
+    for name, numbers in zip(readable(list(table)), table.values(), strict=True):
+        print(f"{source} {architecture} {name}: {numbers['registers']} registers, {numbers['shared']} bytes shared")
+        in_memory = {kind: numbers[kind] for kind in ("stack", "spills", "local") if numbers[kind]}
+        assert not in_memory, f"{name} on {architecture}: {in_memory} bytes"
+
+
+@pytest.mark.nvcc
+def test_the_gate_sees_a_stack(tmp_path: Path) -> None:
+    """Else it could pass without having read anything."""
+    source = tmp_path / "stack.cu"
+    source.write_text(
+        "__global__ void f(float* x, int n) { float a[64] = {};"
+        " for (int i = 0; i < n; ++i) a[(7 * i + n) % 64] += x[i];"
+        " for (int i = 0; i < n; ++i) x[i] = a[x[i] > 0 ? i % 64 : 0]; }"
+    )
+    command = [nvcc(), "-arch=sm_80", "-cubin", "-Xptxas=-v", str(source), "-o", str(tmp_path / "out.cubin")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    (numbers,) = resources(said).values()
+    assert numbers["stack"] >= 256
+    assert numbers["registers"] > 0
