@@ -52,22 +52,23 @@ void open_barrier(Vote vote) {
 
 Meeting& join(Warp& warp, const char* name, unsigned mask, Site site) {
   const Thread& self = *machine.current;
-  Meeting* free = nullptr;
-  for (Meeting& meeting : warp.meetings) {
-    if (meeting.arrived == 0) {
-      if (!free) free = &meeting;
-      continue;
-    }
+  for (unsigned rest = warp.open; rest; rest &= rest - 1) {
+    Meeting& meeting = warp.meetings[__builtin_ctz(rest)];
     if (meeting.to_leave > 0 || meeting.mask != mask || meeting.arrived >> self.lane() & 1) continue;
     if (meeting.site == site) return meeting;
     fail("lanes of one warp meet in different calls: %s at %s and %s at %s", meeting.name, where(meeting.site).c_str(),
          name, where(site).c_str());
   }
-  if (!free) fail("%s at %s: too many meetings of one warp at once", name, where(site).c_str());
-  free->name = name;
-  free->site = site;
-  free->mask = mask;
-  return *free;
+  if (!~warp.open) fail("%s at %s: too many meetings of one warp at once", name, where(site).c_str());
+  const int number = __builtin_ctz(~warp.open);
+  warp.open |= 1u << number;
+  Meeting& meeting = warp.meetings[number];
+  meeting.name = name;
+  meeting.site = site;
+  meeting.mask = mask;
+  meeting.arrived = 0;
+  meeting.to_leave = 0;
+  return meeting;
 }
 
 unsigned checked_mask(const char* name, unsigned mask, Site site) {
@@ -140,14 +141,15 @@ uint64_t meet(const char* name, unsigned mask, uint64_t value, int source, Site 
     fail("%s at %s: lane %d reads lane %d, which is not in mask %08x", name, where(site).c_str(), lane(), source, mask);
   }
   const int self = lane();
-  Meeting& meeting = join(machine.warps[machine.current->warp()], name, mask, site);
+  Warp& warp = machine.warps[machine.current->warp()];
+  Meeting& meeting = join(warp, name, mask, site);
   meeting.values[self] = value;
   meeting.arrived |= 1u << self;
   wait(name, mask, site);
   if (meeting.arrived == mask) open_meeting(meeting, finish);
   give_way();
   const uint64_t result = meeting.values[source];
-  if (--meeting.to_leave == 0) meeting.arrived = 0;
+  if (--meeting.to_leave == 0) warp.open &= ~(1u << (&meeting - warp.meetings));
   return result;
 }
 

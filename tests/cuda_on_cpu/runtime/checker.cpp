@@ -26,7 +26,7 @@ struct Place {
 Place place_of(const void* address) {
   const SharedMemory& memory = shared_memory;
   if (memory.dynamic.contains(address)) return {"dynamic shared memory", memory.dynamic, true, nullptr};
-  if (memory.fixed.contains(address)) return {"shared memory", memory.fixed, true, nullptr};
+  if (memory.fixed.contains(address)) return {"a __shared__ variable", {}, true, nullptr};
   ShadowPage& page = shadow.page(reinterpret_cast<uintptr_t>(address));
   if (page.generation != buffers_generation()) {
     page.generation = buffers_generation();

@@ -41,19 +41,20 @@ struct Thread {
   int lane() const { return id % kWarpThreads; }
 };
 
-// Lanes that meet in one call. It is free once all have taken their value.
+// Lanes that meet in one call.
 struct Meeting {
   const char* name;
   Site site;
-  unsigned mask, arrived = 0;
-  int to_leave = 0;
+  unsigned mask, arrived;
+  int to_leave;  // once all have arrived
   uint64_t values[kWarpThreads];
 };
 
 struct Warp {
   unsigned lanes = 0;  // that the block has
   unsigned finished = 0;
-  Meeting meetings[kWarpThreads];  // disjoint masks may meet at the same time
+  Meeting meetings[kWarpThreads];  // lanes of disjoint masks may meet at the same time
+  unsigned open = 0;               // which of these go on: until all lanes have taken their value
 };
 
 struct Machine {

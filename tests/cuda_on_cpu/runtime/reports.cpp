@@ -119,8 +119,10 @@ void report_deadlock() {
     text << "\n  " << count << (count == 1 ? " thread (" : " threads (") << i;
     if (count > 1) text << " to " << last;
     text << ") wait in " << thread.waits_in << " at " << where(thread.site);
-    for (const Meeting& meeting : machine.warps[thread.warp()].meetings) {
-      if (!meeting.arrived || meeting.to_leave || meeting.mask != thread.mask) continue;
+    const Warp& warp = machine.warps[thread.warp()];
+    for (unsigned rest = thread.mask ? warp.open : 0; rest; rest &= rest - 1) {
+      const Meeting& meeting = warp.meetings[__builtin_ctz(rest)];
+      if (meeting.to_leave || meeting.mask != thread.mask) continue;
       text << " for lanes 0x" << std::hex << (meeting.mask & ~meeting.arrived) << std::dec;
     }
   }

@@ -62,7 +62,7 @@ void set_up_block() {
     const int lanes = std::min(machine.count - w * kWarpThreads, kWarpThreads);
     warp.lanes = lanes == kWarpThreads ? ~0u : (1u << lanes) - 1;
     warp.finished = 0;
-    for (Meeting& meeting : warp.meetings) meeting.arrived = 0, meeting.to_leave = 0;
+    warp.open = 0;
   }
   for (int i = 0; i < machine.count; ++i) {
     Thread& thread = machine.threads[i];
