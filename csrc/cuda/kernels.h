@@ -89,7 +89,8 @@ int64_t attention_workspace(const Heads& heads, int64_t tokens, int64_t max_posi
 
 // out [tokens, query_heads * size]: each token's queries against its sequence's positions up to its own, of these the
 // last `window` (0: all). Scores become cap * tanh(scale * score / cap), or scale * score where cap is 0. max_positions
-// bounds every position + 1; `workspace` is 16-byte aligned.
+// bounds every position + 1; `workspace` is 16-byte aligned. Throws std::invalid_argument for heads of more than 2048
+// bytes.
 void attention(const PagedCache& cache, int64_t layer, const Heads& heads, float scale, float cap, int64_t window,
                const Tokens& tokens, const void* projected, int64_t row, void* out, void* workspace,
                int64_t max_positions, Stream stream);

@@ -6,13 +6,14 @@
 
 namespace rlhf_fast::cuda {
 
-enum class Kept { keys, values };
+// Where in the pool, in elements, a page's keys of one head begin: [kPageTokens, head_size].
+__device__ __forceinline__ int64_t keys_of(const PagedCache& cache, int64_t page, int64_t layer, int64_t head) {
+  return ((page * cache.layers + layer) * 2 * cache.heads + head) * kPageTokens * cache.head_size;
+}
 
-// Keys or values of one head in a page: [kPageTokens, head_size].
-template <typename T>
-__device__ __forceinline__ T* page_of(const PagedCache& cache, int64_t page, int64_t layer, Kept kept, int64_t head) {
-  const int64_t number = ((page * cache.layers + layer) * 2 + int64_t(kept)) * cache.heads + head;
-  return static_cast<T*>(cache.pool) + number * kPageTokens * cache.head_size;
+// From a page's keys to its values.
+__device__ __forceinline__ int64_t values_behind_keys(const PagedCache& cache) {
+  return cache.heads * kPageTokens * cache.head_size;
 }
 
 // The pages of a token's sequence, by position / kPageTokens.

@@ -117,8 +117,8 @@ __global__ __launch_bounds__(kWarps* kWarp) void rope_append_kernel(PagedCache c
   T* cached = nullptr;
   if (!is_query) {
     const int64_t page = pages_of(tokens, token)[position / kPageTokens];
-    cached = page_of<T>(cache, page, layer, is_value ? Kept::values : Kept::keys, index);
-    cached += position % kPageTokens * size;
+    cached = static_cast<T*>(cache.pool) + keys_of(cache, page, layer, index) + position % kPageTokens * size;
+    if (is_value) cached += values_behind_keys(cache);
   }
   float* const head = shared + warp * size;
   const Norm norm = is_query ? query_norm : key_norm;

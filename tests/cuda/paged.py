@@ -65,7 +65,7 @@ class Pool:
             self.table[sequence, : len(used)] = used
         self.layout, self.layers = layout, layers
         shape = len(numbers), layers, 2, layout.key_value_heads, PAGE_TOKENS, layout.size
-        self.memory = device.empty(*shape, dtype=dtype, offset=offset)
+        self.memory = device.tensor(torch.full(shape, torch.nan, dtype=dtype), offset)
         self.structure = structures.PagedCache(
             TYPES[dtype], self.memory.data_ptr(), layers, layout.key_value_heads, layout.size
         )
