@@ -281,7 +281,7 @@ struct Candidates {
 
 struct Drawn {
   int token;
-  double sampled_logprob;
+  double total;  // of the weights of what it was drawn from
 };
 
 __device__ __forceinline__ Drawn draw_filtered(const Row& row, const Softmax& softmax, const SamplingOptions& options,
@@ -350,7 +350,7 @@ __device__ __forceinline__ Drawn draw_filtered(const Row& row, const Softmax& so
   };
   const double total = block_total(left, shared.sums);
   const int token = first_beyond(0, row.vocabulary - 1, target(uniform, total), left, shared.sums);
-  return {token, double(row.allowed(token) / temperature) - largest - log(total)};
+  return {token, total};
 }
 
 __global__ __launch_bounds__(kDrawThreads) void draw_kernel(Batch batch, Chunks full_chunks, Chunks allowed_chunks) {
@@ -369,7 +369,7 @@ __global__ __launch_bounds__(kDrawThreads) void draw_kernel(Batch batch, Chunks 
   const bool valid = full.finite() && allowed.finite() && !overflow;
 
   // All threads of the block agree.
-  Drawn drawn{0, 0};
+  Drawn drawn{0, allowed.total};
   const double number = uniform(sampling.seed[index], sampling.sample[index], sampling.position[index]);
   if (valid && filtered) {
     drawn = draw_filtered(row, allowed, options, number, shared);
@@ -385,17 +385,23 @@ __global__ __launch_bounds__(kDrawThreads) void draw_kernel(Batch batch, Chunks 
           return greedy ? double(logit == allowed.largest) : allowed.weight(logit);
         },
         shared);
-    drawn.sampled_logprob = allowed.log_prob(row.allowed(drawn.token), temperature);
   }
 
   if (threadIdx.x > 0) return;
   const float nan = kInfinity - kInfinity;
-  sampling.token[index] = drawn.token;
-  sampling.logprob[index] = valid ? float(full.log_prob(row.logits[drawn.token], temperature)) : nan;
-  sampling.sampled_logprob[index] = valid ? float(drawn.sampled_logprob) : nan;
-  if (valid && sampling.seen && sampling.seen[index]) {
-    sampling.seen[index][drawn.token / 64] |= uint64_t(1) << (drawn.token % 64);
+  float logprob = nan, sampled_logprob = nan;
+  if (valid) {
+    const float logit = row.allowed(drawn.token), divisor = float(temperature);
+    logprob = float(full.log_prob(row.logits[drawn.token], temperature));
+    sampled_logprob = filtered ? float(double(logit / divisor) - allowed.largest / divisor - log(drawn.total))
+                               : float(allowed.log_prob(logit, temperature));
+    if (sampling.seen && sampling.seen[index]) {
+      sampling.seen[index][drawn.token / 64] |= uint64_t(1) << (drawn.token % 64);
+    }
   }
+  sampling.token[index] = drawn.token;
+  sampling.logprob[index] = logprob;
+  sampling.sampled_logprob[index] = sampled_logprob;
 }
 
 }  // namespace

@@ -96,25 +96,24 @@ def reference(logits: Tensor, rows: Sequence[Row], position: int) -> tuple[list[
 def test_the_cpu_s_tokens_and_log_probs(device: Device, fields: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     params = SamplingParams(**fields)
-    for vocabulary, rows in ((1, 1), (2, 3), (97, 4), (256, 2), (1000, 3), (20011, 1)):
+    for vocabulary, rows, spread in ((1, 1, 0.3), (2, 3, 12.0), (97, 4, 0.3), (1000, 3, 12.0), (20011, 1, 0.3)):
         stop_ids, prompt = [0, vocabulary - 1] if vocabulary > 2 else [], [0, vocabulary // 2]
         seeds, samples = [seed - 2 for seed in range(rows)], [row % 3 for row in range(rows)]
-        for spread in (0.3, 12.0) if vocabulary < 20011 else (0.3,):
-            batch = Batch(device, vocabulary, params, seeds=seeds, samples=samples, stop_ids=stop_ids, prompt=prompt)
-            cpu = [
-                Row(vocabulary, params, seed=seed, sample=sample, stop_ids=stop_ids, prompt=prompt)
-                for seed, sample in zip(seeds, samples, strict=True)
-            ]
-            for position in (1, 2):
-                logits = spread * torch.randn(rows, vocabulary, generator=generator)
-                logits[:, 3 : vocabulary // 4] = -torch.inf
-                drawn = batch.draw(logits, position)
-                tokens, logprobs, sampled = reference(logits, cpu, position)
-                assert drawn.tokens.tolist() == tokens, (vocabulary, spread, position)
-                torch.testing.assert_close(drawn.logprobs, logprobs, rtol=1e-6, atol=1e-5)
-                torch.testing.assert_close(drawn.sampled, sampled, rtol=1e-6, atol=1e-5)
-            if params.repetition_penalty != 1:
-                assert batch.sets.tolist() == [row.seen.view("int64").tolist() for row in cpu]
+        batch = Batch(device, vocabulary, params, seeds=seeds, samples=samples, stop_ids=stop_ids, prompt=prompt)
+        cpu = [
+            Row(vocabulary, params, seed=seed, sample=sample, stop_ids=stop_ids, prompt=prompt)
+            for seed, sample in zip(seeds, samples, strict=True)
+        ]
+        for position in (1, 2):
+            logits = spread * torch.randn(rows, vocabulary, generator=generator)
+            logits[:, 3 : vocabulary // 4] = -torch.inf
+            drawn = batch.draw(logits, position)
+            tokens, logprobs, sampled = reference(logits, cpu, position)
+            assert drawn.tokens.tolist() == tokens, (vocabulary, spread, position)
+            torch.testing.assert_close(drawn.logprobs, logprobs, rtol=1e-6, atol=1e-5)
+            torch.testing.assert_close(drawn.sampled, sampled, rtol=1e-6, atol=1e-5)
+        if params.repetition_penalty != 1:
+            assert batch.sets.tolist() == [row.seen.view("int64").tolist() for row in cpu]
 
 
 @pytest.mark.parametrize("fields", [{}, {"temperature": 0}, {"top_k": 50, "top_p": 0.95}, {"top_p": 0.999}], ids=str)
@@ -128,9 +127,9 @@ def test_a_large_vocabulary(device: Device, fields: dict[str, Any]) -> None:
     torch.testing.assert_close(drawn.sampled, sampled, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("fields", FIELDS, ids=str)
+@pytest.mark.parametrize("fields", [*FIELDS[::5], FIELDS[-1]], ids=str)
 def test_a_row_alone_has_the_bits_that_it_has_among_others(device: Device, fields: dict[str, Any]) -> None:
-    params, rows, vocabulary = SamplingParams(**fields), 5, 700
+    params, rows, vocabulary = SamplingParams(**fields), 3, 700
     logits = 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(2))
     together = Batch(device, vocabulary, params, seeds=range(rows), stop_ids=[9]).draw(logits, 1)
     assert together.logprobs.isfinite().all()
