@@ -52,18 +52,20 @@ test-sanitizers: .venv/.test
 
 bench: .venv/.test
 	$(BIN)/rlhf-fast bench -- --results bench/results
+	$(BIN)/python -m bench.readme
 
 # 500 steps of the demo's PPO, watched: memory, open files, threads. After `make demo`; a quarter of an hour.
 soak: install
 	$(BIN)/python bench/soak.py
 
-# llama.cpp, compiled for this machine, in an environment of its own: once it is there, the benches time it too.
+# llama.cpp, compiled for this machine, and CTranslate2, in an environment of their own: once they are there, the benches
+# time them too.
 bench-peers: .venv-peers/.made
 
 .venv-peers/.made:
 	$(PYTHON) -m venv --clear .venv-peers
 	CMAKE_BUILD_PARALLEL_LEVEL=2 .venv-peers/bin/python -m pip install --quiet --no-compile \
-		--no-binary llama-cpp-python llama-cpp-python==0.3.36
+		--no-binary llama-cpp-python llama-cpp-python==0.3.36 ctranslate2==4.8.5
 	touch $@
 
 clean:

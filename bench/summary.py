@@ -33,6 +33,8 @@ FUSES = {
     "masked_whiten": "moments, then the shift and scale",
 }
 
+GENERATION = ("decode", "ppo_step")  # benches of decoding, and of what it is for
+
 
 @dataclass
 class Group:
@@ -123,14 +125,25 @@ def lines(group: Group) -> list[str]:
     return found
 
 
-def markdown(groups: list[Group], where: dict[str, Any]) -> str:
-    """The kernels, what each fuses, and how they compare: one row for each of ours. Then the rest of the benches."""
+def tables(groups: list[Group], where: dict[str, Any]) -> dict[str, str]:
+    """Markdown of the kernels, what each fuses and how they compare; of generation; of the rest of the benches. One row
+    for each of ours. What was not measured is missing."""
     facts = ", ".join(f"{key} {value}" for key, value in where.items())
-    kernels = [group for group in groups if group.op in FUSES]
-    rest = [group for group in groups if group.op not in FUSES]
-    tables = [f"{_table(kernels, fuses=True)}\nMedian times; {facts}.\n"] if kernels else []
-    tables += [f"{_table(rest, fuses=False)}\nMedian times; {facts}.\n"] if rest else []
-    return "\n".join(tables)
+    chosen = {
+        "kernels": [group for group in groups if group.op in FUSES],
+        "generation": [group for group in groups if group.op in GENERATION],
+        "rest": [group for group in groups if group.op not in (*FUSES, *GENERATION)],
+    }
+    return {
+        name: f"{_table(chosen[name], fuses=name == 'kernels')}\nMedian times; {facts}.\n"
+        for name in chosen
+        if chosen[name]
+    }
+
+
+def markdown(groups: list[Group], where: dict[str, Any]) -> str:
+    """All tables."""
+    return "\n".join(tables(groups, where).values())
 
 
 def _table(groups: list[Group], *, fuses: bool) -> str:

@@ -1,19 +1,26 @@
-"""The README's kernel table is what `make bench` wrote last."""
+"""The README's tables are what `make bench` wrote last."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
+import pytest
 
-ROOT = Path(__file__).parent.parent
+from bench import readme, summary
+
+README = (readme.ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_readme_shows_the_newest_results() -> None:
-    newest = max((ROOT / "bench" / "results").glob("*.md"))
-    table = newest.read_text(encoding="utf-8").split("\n\n")[0].strip()
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"<!-- kernels: .*? -->\n(.*?)\n<!-- end -->", readme, re.DOTALL)
-    assert found is not None
-    assert found[1].split("\n\n")[0].strip() == table
-    assert newest.with_suffix(".json").is_file()
-    assert newest.with_suffix(".png").is_file()
+    assert readme.with_tables(README) == README
+    for suffix in (".md", ".png"):
+        assert readme.newest().with_suffix(suffix).is_file()
+
+
+@pytest.mark.parametrize("name", ["kernels", "generation"])
+def test_it_has_a_place_for_each_table(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readme, "tables", lambda *_: {name: "a new table\n"})
+    assert f"<!-- {name}: bench/results -->\na new table\n<!-- end -->\n" in readme.with_tables(README)
+
+
+def test_each_bench_of_generation_has_its_table() -> None:
+    group = summary.Group("job", "decode", {"rlhf_fast": 1.0, "llama.cpp": 1.5})
+    assert "| job | 1,000 | 1.5x llama.cpp |" in summary.tables([group], {})["generation"]

@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.generation.decoders import PEERS, Generate, Job, with_generator, with_llama_cpp, with_transformers
+from bench.generation.decoders import (
+    PEERS,
+    Generate,
+    Job,
+    with_ctranslate2,
+    with_generator,
+    with_llama_cpp,
+    with_transformers,
+)
 
 OURS, FLOOR = "rlhf_fast", "floor: one read of the weights"
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -33,6 +41,14 @@ SHAPES = {
         "num_attention_heads": 6,
         "num_key_value_heads": 6,
         "intermediate_size": 768,
+        "vocab_size": 32_000,
+    },
+    "110M": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "intermediate_size": 2048,
         "vocab_size": 32_000,
     },
     "SmolLM2-135M": {
@@ -69,7 +85,16 @@ class Case:
         names = [OURS, "transformers' generate"]
         if self.shape == "15M" and self.dtype == FLOAT32:  # it differs from the line above by its sampling alone
             names.append("Generator on transformers")
-        return [*names, "llama.cpp"] if (PEERS / ".made").is_file() else names
+        if (PEERS / ".made").is_file():
+            names.append("llama.cpp")
+        if (
+            self.dtype == FLOAT32
+            and self.n == 1
+            and not self.ragged
+            and [*PEERS.glob("lib/*/site-packages/ctranslate2")]
+        ):
+            names.append("CTranslate2")
+        return names
 
 
 N8 = Case("15M", FLOAT32, rows=16, rounds=2, prompt=256, n=8)
@@ -77,9 +102,14 @@ CASES = [
     *[Case("15M", dtype, rows, rounds) for dtype in (FLOAT32, BFLOAT16) for rows, rounds in ((1, 5), (16, 2), (64, 1))],
     Case("15M", FLOAT32, rows=64, rounds=1, ragged=True),
     N8,
+    *[Case("110M", dtype, rows, 1, prompt=8, tokens=9) for dtype in (FLOAT32, BFLOAT16) for rows in (1, 16, 64)],
     *[Case("SmolLM2-135M", dtype, rows, 1, prompt=8, tokens=9) for dtype in (FLOAT32, BFLOAT16) for rows in (1, 16)],
 ]
-PREFILL_CASES = [Case("15M", FLOAT32, rows=16, rounds=3), Case("15M", BFLOAT16, rows=16, rounds=3), N8]
+PREFILL_CASES = [
+    *[Case("15M", dtype, rows=16, rounds=3) for dtype in (FLOAT32, BFLOAT16)],
+    *[Case("110M", dtype, rows=16, rounds=1) for dtype in (FLOAT32, BFLOAT16)],
+    N8,
+]
 
 
 @functools.lru_cache(maxsize=1)
@@ -139,6 +169,8 @@ def decoder(name: str, case: Case, job: Job, folder: Path) -> AbstractContextMan
     weights = model(case.shape, case.dtype)
     if name == "llama.cpp":
         return with_llama_cpp(weights, job, case.prompt + case.tokens, folder)
+    if name == "CTranslate2":
+        return with_ctranslate2(weights, job, folder)
     if name == "transformers' generate":
         return with_transformers(weights, job)
     return with_generator(weights, job, "cpp" if name == OURS else "transformers")
@@ -175,7 +207,7 @@ def test_decode_step(benchmark: Any, tmp_path: Path, case: Case, name: str) -> N
     job, lengths = job_and_lengths(case)
     with decoder(name, case, job, tmp_path) as generate:
         greedy = generate([4] * case.rows, True)  # warms up as well
-        if name in (OURS, "llama.cpp"):
+        if name in (OURS, "llama.cpp", "CTranslate2"):
             assert_greedy(case, job.prompts[:4], greedy[:: case.n][:4])
 
         def step() -> None:

@@ -1,4 +1,4 @@
-"""Who decodes in bench_decode.py: our Generator, transformers' generate, and llama.cpp in a process of its own.
+"""Who decodes in bench_decode.py: our Generator, transformers' generate, and other engines in processes of their own.
 
 Each is given a model and a job, and then generates as often as it is asked to.
 """
@@ -100,10 +100,30 @@ def with_llama_cpp(model: Any, job: Job, positions: int, folder: Path) -> Iterat
     """llama.cpp on the same weights, from a file: rows of up to `positions` tokens, torch's number of threads."""
     file = folder / "model.gguf"
     write_gguf(model, file)
-    command = [PEERS / "bin/python", Path(__file__).with_name("llama_cpp_peer.py"), file, "--rows", job.rows]
-    command += ["--positions", positions, "--threads", torch.get_num_threads(), *(["--shared"] if job.n > 1 else [])]
+    options = ["--rows", job.rows, "--positions", positions, *(["--shared"] if job.n > 1 else [])]
+    with _peer("llama_cpp_peer.py", file, options, job) as generate:
+        yield generate
+
+
+@contextmanager
+def with_ctranslate2(model: Any, job: Job, folder: Path) -> Iterator[Generate]:
+    """CTranslate2 on the same weights, from a file: a float32 Llama with a tied head, rows of one length, n = 1."""
+    import numpy
+
+    file, config = folder / "model.npz", model.config
+    numpy.savez(file, **{name: weight.detach().numpy() for name, weight in model.named_parameters()})
+    options = ["--heads", config.num_attention_heads, "--key_value_heads", config.num_key_value_heads]
+    options += ["--epsilon", config.rms_norm_eps, "--theta", config.rope_parameters["rope_theta"]]
+    with _peer("ctranslate2_peer.py", file, options, job) as generate:
+        yield generate
+
+
+@contextmanager
+def _peer(script: str, file: Path, options: Sequence[Any], job: Job) -> Iterator[Generate]:
+    """A script in the environment of `make bench-peers`, with the weights in `file`, torch's number of threads."""
+    command = [PEERS / "bin/python", Path(__file__).with_name(script), file, "--threads", torch.get_num_threads()]
     process = subprocess.Popen(
-        [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [str(part) for part in [*command, *options]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -113,7 +133,7 @@ def with_llama_cpp(model: Any, job: Job, positions: int, folder: Path) -> Iterat
         question = {"prompts": job.prompts, "n": job.n, "lengths": list(lengths), "greedy": greedy}
         print(json.dumps(question), file=questions, flush=True)
         answer = answers.readline()
-        assert answer, f"llama.cpp ended with status {process.wait()}"
+        assert answer, f"{script} ended with status {process.wait()}"
         return json.loads(answer)
 
     try:

@@ -151,7 +151,7 @@ class Generator:
         )
 
     def abort(self) -> None:
-        """Ends the call that is running in another thread after its current step.
+        """Ends the call that is running in another thread: in C++ in the middle of a step, else after it.
 
         Its unfinished completions keep their tokens so far and say "abort". Without a running call it does nothing.
         """
