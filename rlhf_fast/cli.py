@@ -127,6 +127,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="key=value")
     evaluate.set_defaults(run=_evaluate)
 
+    export = commands.add_parser("export", help="merge a model's adapters into a folder that needs no PEFT")
+    export.add_argument("--model", required=True, help="folder of adapters, such as a LoRA run's final/")
+    export.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="a new folder")
+    export.set_defaults(run=_export)
+
     bench = commands.add_parser("bench", help="time the kernels against named peers (from a checkout)")
     bench.add_argument(
         "pytest_arguments",
@@ -261,6 +266,14 @@ def _evaluate(args: argparse.Namespace) -> int:
     metrics = evaluate_policy(config, args.model or str(Path(config.output_dir) / "final"))
     if init_distributed().is_main:
         print(json.dumps(metrics, indent=1))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from rlhf_fast.models import export_merged
+
+    export_merged(args.model, args.output_dir)
+    print(args.output_dir)
     return 0
 
 

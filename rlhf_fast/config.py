@@ -27,6 +27,14 @@ class TrainerConfig:
     max_length: int = 512  # tokens of one sequence; longer ones are cut at the end (SFT) or bad rows (reward)
     trust_remote_code: bool = False  # run Python code found in the model's folder
 
+    # LoRA: train low-rank adapters beside linear layers instead of the weights (Hu et al. 2021)
+    use_peft: bool = False
+    lora_r: int = 16  # rank
+    lora_alpha: int = 32  # adapters count lora_alpha / lora_r, or lora_alpha / sqrt(lora_r) with use_rslora
+    lora_dropout: float = 0.0  # 0 alone: dropout is off everywhere
+    lora_target_modules: str | list[str] | None = None  # names, all-linear or a pattern; None: PEFT's usual choice
+    use_rslora: bool = False
+
     # Optimiser
     learning_rate: float = 1e-5
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
@@ -93,7 +101,7 @@ class PPOConfig(TrainerConfig):
     normalize_scores: bool = False  # to mean 0, deviation 1 over the rollout, before clipping
 
     # Other models; None means model_name_or_path
-    ref_model_path: str | None = None
+    ref_model_path: str | None = None  # with use_peft None is the policy with its adapters off
     value_model: Literal["separate", "shared"] = "separate"  # a model of its own, or a head on the policy's trunk
     value_model_path: str | None = None  # a reward model's folder is a good start
     value_learning_rate: float | None = None  # None: learning_rate

@@ -108,6 +108,9 @@ class Engine:
         self._trained = [p for p in module.parameters() if p.requires_grad]
         if not self._trained:
             raise ConfigError("the model has no trainable parameter")
+        self._frozen = len(self._trained) < len(list(module.parameters()))
+        if self._frozen:
+            module.register_state_dict_post_hook(_drop_frozen)
         warmup = int(config.warmup_ratio * total_steps)
         schedule = "constant_with_warmup" if config.lr_scheduler_type == "constant" else config.lr_scheduler_type
         try:
@@ -278,8 +281,11 @@ class Engine:
         return [gradient for group in optimizer.averaged_gradients.values() for gradient in group], True
 
     def save(self, folder: Path) -> None:
-        """Write weights, optimiser, schedule and loss scale under `folder`. Every rank calls it."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        """Write trained weights, optimiser, schedule and loss scale under `folder`. Every rank calls it.
+
+        Weights that are not trained are not saved: they come from the model's folder.
+        """
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=self._frozen)
         if self._world.is_main:
             for script in ("zero_to_fp32.py", "zero_to_torch.py"):  # DeepSpeed adds them; load() needs none
                 (folder / script).unlink(missing_ok=True)
@@ -311,7 +317,7 @@ class Engine:
                 )
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints
-                path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+                path, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not self._frozen)
         except RuntimeError as error:
             if "loading state_dict" not in str(error):
                 raise
@@ -335,6 +341,13 @@ class Engine:
                 hooks.clear()
             yield
         partitioning._register_deepspeed_module(partitioning.module)
+
+
+def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Take what is not trained out of a state dict, under each of its names: DeepSpeed takes one of them."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(prefix + name, None)
 
 
 def _import_deepspeed(world: World) -> ModuleType:

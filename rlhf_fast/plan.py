@@ -6,7 +6,7 @@ gradients, optimiser state, KV cache, activations and logits of one micro-batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import torch
 
 from rlhf_fast.config import PPOConfig, RewardConfig, TrainerConfig
 from rlhf_fast.errors import ConfigError, ModelError
-from rlhf_fast.models import load_model_config
+from rlhf_fast.models import add_adapters, load_model_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,6 +29,7 @@ class Shape:
     """What memory depends on in a causal LM."""
 
     parameters: int
+    trained: int  # of them: all, or the adapters
     layers: int
     hidden: int
     intermediate: int
@@ -90,17 +91,17 @@ def memory_plan(config: TrainerConfig, *, world_size: int | None = None) -> Plan
 
     ranks = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     code = config.trust_remote_code
-    shape = _shape(config.model_name_or_path, code)
+    shape = _shape(config.model_name_or_path, config)
     lines = [Line("program", other=OVERHEAD)]
     rows = max(1, config.batch_size // ranks)
     micro = config.micro_batch_tokens
     if isinstance(config, PPOConfig):
         lines.append(_trained("policy", shape, config, ranks))
         if config.value_model == "separate":
-            critic = _shape(config.value_model_path or config.model_name_or_path, code)
+            critic = _shape(config.value_model_path or config.model_name_or_path, config)
             lines.append(_trained("value model", critic, config, ranks))
-        if config.kl_coef:
-            reference = _shape(config.ref_model_path or config.model_name_or_path, code)
+        if config.kl_coef and not (config.use_peft and config.ref_model_path is None):
+            reference = _shape(config.ref_model_path or config.model_name_or_path, replace(config, use_peft=False))
             lines.append(Line("reference", weights=reference.parameters * BYTES[config.dtype]))
         for name in _reward_folders(config.reward):
             lines.append(
@@ -138,11 +139,11 @@ def _trained(name: str, shape: Shape, config: TrainerConfig, ranks: int) -> Line
     (Rajbhandari et al. 2020) splits the optimiser from stage 1, gradients from 2, weights from 3."""
     half = config.dtype in ("bfloat16", "float16")
     offloaded = config.offload_optimizer and torch.cuda.is_available()  # into the host's memory, not the GPU's
-    width, n = BYTES[config.dtype], shape.parameters
+    width, n = BYTES[config.dtype], shape.trained
     split = [ranks if config.zero_stage >= stage else 1 for stage in (1, 2, 3)]
     return Line(
         name,
-        weights=n * width / split[2],
+        weights=shape.parameters * width / split[2],
         gradients=n * (width + 4 if half else width) / split[1],
         optimizer=0 if offloaded else n * (12 if half else 2 * width) / split[0],
     )
@@ -177,13 +178,16 @@ def _parameters(model: PreTrainedModel) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _shape(path: str, trust_remote_code: bool) -> Shape:
-    model = _without_weights(path, "CausalLM", trust_remote_code)
+def _shape(path: str, config: TrainerConfig) -> Shape:
+    model = _without_weights(path, "CausalLM", config.trust_remote_code)
+    if config.use_peft:
+        add_adapters(model, config)
     text: Any = model.config.get_text_config()
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Shape(
         parameters=_parameters(model),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
@@ -194,7 +198,7 @@ def _shape(path: str, trust_remote_code: bool) -> Shape:
 
 def _reward_folders(reward: object) -> list[str]:
     sources = [reward] if isinstance(reward, str) else [part["source"] for part in reward]  # type: ignore[attr-defined]
-    return [source for source in sources if (Path(source) / "config.json").exists()]
+    return [source for source in sources if source and Path(source).is_dir()]
 
 
 def _available() -> float:

@@ -56,7 +56,11 @@ MAY_NOT_CHANGE: dict[str, str] = {
             """train_data system_prompt chat_template on_bad_row max_length max_prompt_length batch_size num_generations
             seed packing completion_only_loss""",
         ),
-        (OTHER_MODEL, "model_name_or_path ref_model_path value_model value_model_path"),
+        (
+            OTHER_MODEL,
+            """model_name_or_path ref_model_path value_model value_model_path use_peft lora_r lora_alpha lora_dropout
+            lora_target_modules use_rslora""",
+        ),
         (OTHER_LAYOUT, "dtype zero_stage offload_optimizer"),
         (
             OTHER_METHOD,

@@ -38,6 +38,8 @@ FROM_0_TO_1 = Range(0, 1)
 RANGES: dict[type[TrainerConfig], dict[str, Range]] = {
     TrainerConfig: {
         "max_length": AT_LEAST_1,
+        "lora_r": AT_LEAST_1,
+        "lora_alpha": AT_LEAST_1,
         "learning_rate": AT_LEAST_0,
         "warmup_ratio": FROM_0_TO_1,
         "weight_decay": AT_LEAST_0,
@@ -192,6 +194,14 @@ def _common(c: TrainerConfig) -> Iterator[tuple[str, str]]:
         yield "eval_steps", "there is nothing to evaluate: set eval_data, or eval_steps: null."
     if c.offload_optimizer and c.zero_stage == 0:
         yield "offload_optimizer", "DeepSpeed offloads the optimizer in ZeRO only: set zero_stage to 1, 2 or 3."
+    if c.lora_dropout:
+        yield (
+            "lora_dropout",
+            f"must be 0, got {c.lora_dropout!r}: dropout is off everywhere, since PPO's ratio compares two forwards of "
+            "the same function.",
+        )
+    if c.lora_target_modules is not None and not c.lora_target_modules:
+        yield "lora_target_modules", f"is empty ({c.lora_target_modules!r}): name some layers, or null for the usual."
     if isinstance(c, SFTConfig) and c.packing and c.micro_batch_tokens < c.max_length:
         yield (
             "packing",

@@ -4,12 +4,16 @@ folder.py    looks a model folder over before transformers reads it, so that eve
 loading.py   load_tokenizer, load_causal_lm, load_scalar_model, save_model
 head.py      how a model turns hidden states into logits, and that product in fp32 on the wanted tokens only
 modules.py   PolicyModel, ScalarModel, SharedModel
+adapters.py  LoRA: adapters added, switched off, saved, merged
 """
 
+from .adapters import adapters_off, add_adapters
+from .folder import scores_sequences
 from .loading import (
     check_positions,
     check_vocabulary,
     context_length,
+    export_merged,
     load_causal_lm,
     load_model_config,
     load_scalar_model,
@@ -22,14 +26,18 @@ __all__ = [
     "PolicyModel",
     "ScalarModel",
     "SharedModel",
+    "adapters_off",
+    "add_adapters",
     "check_positions",
     "check_vocabulary",
     "context_length",
+    "export_merged",
     "load_causal_lm",
     "load_model_config",
     "load_scalar_model",
     "load_tokenizer",
     "save_model",
+    "scores_sequences",
     "set_gradient_checkpointing",
     "supports_packing",
 ]

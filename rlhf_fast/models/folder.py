@@ -14,6 +14,9 @@ from rlhf_fast.errors import ModelError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's names
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_BASE = "base"  # beside a folder of adapters: the model they belong to, where that was in no folder before
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -51,13 +54,40 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds PEFT's adapters to another folder's model."""
+    return (folder / ADAPTER_CONFIG).exists()
+
+
+def with_bases(folder: Path) -> list[Path]:
+    """[the folder] of a whole model; of adapters [the model they belong to, ..., the folder]. Raises ModelError."""
+    chain = [folder]
+    while is_adapter(chain[0]):
+        file = chain[0] / ADAPTER_CONFIG
+        base = read_json(file).get("base_model_name_or_path")
+        beside = chain[0].resolve().parent / ADAPTER_BASE
+        if isinstance(base, str) and Path(base).name == ADAPTER_BASE and beside.is_dir():
+            base = str(beside)  # also where both have been moved
+        if not isinstance(base, str) or not Path(base).is_dir():
+            raise ModelError(
+                f"{file}: base_model_name_or_path is {base!r}, which is no folder here. These are adapters, no whole "
+                "model: fetch the model that they were trained on, and write its folder there."
+            )
+        if Path(base).resolve() in [known.resolve() for known in chain]:
+            raise ModelError(f"{file}: base_model_name_or_path leads back to {base}.")
+        chain.insert(0, Path(base))
+    return chain
+
+
+def scores_sequences(folder: Path) -> bool:
+    """Whether it is a reward model's folder, rather than a language model's. Raises ModelError."""
+    if is_adapter(folder):
+        return read_json(folder / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS"
+    return any("ForSequenceClassification" in name for name in read_config(folder).get("architectures") or [])
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model that can be trained: not an adapter, not quantised. Raises ModelError."""
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(
-            f"{folder}: holds an adapter (adapter_config.json), not a whole model. Merge it into its base model "
-            "(peft: merge_and_unload, then save_pretrained) and give that folder."
-        )
+    """config.json of a model that can be trained: not quantised. Raises ModelError."""
     file = folder / "config.json"
     if not file.exists():
         raise ModelError(f"{folder}: no config.json, so this is not a model folder. It holds: {_listing(folder)}.")
@@ -82,9 +112,22 @@ def check_weights(folder: Path) -> None:
         _check_safetensors(file)
 
 
+def check_adapter_weights(folder: Path) -> None:
+    """The file of the adapters is there and whole. Raises ModelError."""
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        raise ModelError(
+            f"{folder}: no {ADAPTER_WEIGHTS}; only safetensors are read. The folder holds: {_listing(folder)}."
+        )
+    _check_safetensors(folder / ADAPTER_WEIGHTS)
+
+
+def has_tokenizer_files(folder: Path) -> bool:
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
+
+
 def check_tokenizer_files(folder: Path) -> None:
     """The folder holds a tokenizer. Raises ModelError."""
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+    if not has_tokenizer_files(folder):
         raise ModelError(
             f"{folder}: no tokenizer (tokenizer.json, tokenizer_config.json). Save it there with "
             f"tokenizer.save_pretrained. The folder holds: {_listing(folder)}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from rlhf_fast.checkpoint import atomic_dir
 from rlhf_fast.errors import ConfigError, ModelError
 
-from .folder import check_tokenizer_files, check_weights, existing_folder, read_config, some
+from .adapters import has_adapters, merge_adapters, save_adapters
+from .folder import (
+    check_adapter_weights,
+    check_tokenizer_files,
+    check_weights,
+    existing_folder,
+    has_tokenizer_files,
+    read_config,
+    scores_sequences,
+    some,
+    with_bases,
+)
 from .head import name_of
 
 if TYPE_CHECKING:
@@ -31,6 +44,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     from transformers import AutoTokenizer
 
     folder = existing_folder(path)
+    if not has_tokenizer_files(folder):
+        folder = with_bases(folder)[0]  # adapters that PEFT saved may come without one
     check_tokenizer_files(folder)
     try:
         with _quiet():
@@ -50,7 +65,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
 
 
 def load_causal_lm(path: str | Path, *, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal language model in a folder, on the CPU, in eval mode, all dropout 0.
+    """The causal language model in a folder, on the CPU, in eval mode, all dropout 0. Adapters are merged.
 
     Dropout is off for good, in the modules and in the config: PPO's ratio compares log-probs of two forwards, which
     must be the same function. The model's generation_config keeps its token ids alone, so that no temperature or
@@ -60,26 +75,26 @@ def load_causal_lm(path: str | Path, *, dtype: str, trust_remote_code: bool = Fa
     """
     from transformers import AutoModelForCausalLM
 
-    folder, config = _load_config(path, trust_remote_code)
+    folder, adapters, config = _load_config(path, trust_remote_code)
     model, info = _from_pretrained(AutoModelForCausalLM, folder, config, dtype, trust_remote_code)
     _check_keys(folder, model, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
-    _check_finite(folder, model)
     _keep_token_ids_only(model)
-    return model
+    return _merged(model, adapters)
 
 
 def load_scalar_model(path: str | Path, *, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """A model with one number a token (value or reward), on the CPU, in eval mode, all dropout 0.
 
-    From a reward model's folder (AutoModelForSequenceClassification with one label), or from a causal language
-    model's: then the head is new, with weights from N(0, 1/(H+1)^2) by torch's generator, so that values start near 0.
+    From a reward model's folder (AutoModelForSequenceClassification with one label, or adapters that hold such a
+    head), or from a causal language model's: then the head is new, with weights from N(0, 1/(H+1)^2) by torch's
+    generator, so that values start near 0.
 
     Raises ModelError for everything that is wrong with the folder.
     """
     from transformers import AutoModelForSequenceClassification
 
-    folder, config = _load_config(path, trust_remote_code)
-    is_reward_model = any("ForSequenceClassification" in name for name in config.architectures or [])
+    folder, adapters, config = _load_config(path, trust_remote_code)
+    is_reward_model = scores_sequences(folder)
     if is_reward_model and config.num_labels != 1:
         raise ModelError(
             f"{folder}: a classifier with {config.num_labels} labels (id2label in config.json); a reward or value "
@@ -93,14 +108,13 @@ def load_scalar_model(path: str | Path, *, dtype: str, trust_remote_code: bool =
         missing -= fresh
         unexpected = {name for name in unexpected if not name.startswith(("lm_head.", "embed_out."))}
     _check_keys(folder, model, missing, unexpected, info["mismatched_keys"])
-    _check_finite(folder, model)
     if not is_reward_model:
         for name in fresh:
             parameter = model.get_parameter(name)
             nn.init.normal_(parameter, std=1 / (parameter.shape[-1] + 1)) if parameter.dim() > 1 else nn.init.zeros_(
                 parameter
             )
-    return model
+    return _merged(model, adapters)
 
 
 def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -146,8 +160,9 @@ def check_positions(model: nn.Module, longest: int, advice: str) -> None:
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> None:
     """Writes weights (safetensors, in their dtype), config and tokenizer with its chat template.
 
-    AutoModelForCausalLM or AutoModelForSequenceClassification and AutoTokenizer load it again. A SharedModel's value
-    head goes into value_head.safetensors beside them. Under ZeRO-3 call it with the weights gathered.
+    AutoModelForCausalLM or AutoModelForSequenceClassification and AutoTokenizer load it again. Of a model with adapters
+    these alone are written, in PEFT's format. A SharedModel's value head goes into value_head.safetensors beside them.
+    Under ZeRO-3 call it with the weights gathered.
     """
     from safetensors.torch import save_file
 
@@ -158,13 +173,29 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, fold
     if scores and tokenizer is not None and getattr(text_config, "pad_token_id", None) is None:
         text_config.pad_token_id = tokenizer.pad_token_id  # transformers scores no batch without it
     with _quiet():
-        inner.save_pretrained(folder)
+        save_adapters(inner, folder) if has_adapters(inner) else inner.save_pretrained(folder)
     value_head = getattr(model, "value_head", None)
     if value_head is not None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in value_head.state_dict().items()}
         save_file(tensors, folder / VALUE_HEAD)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def export_merged(path: str | Path, folder: Path) -> None:
+    """Write the model of a folder, adapters merged, with its tokenizer and value head into a new folder, in its dtype.
+
+    Raises ModelError: `path` cannot be loaded. ConfigError: `folder` is there already.
+    """
+    if folder.exists():
+        raise ConfigError(f"{folder}: is there already; name a new folder")
+    dtype = load_model_config(path).dtype or torch.float32
+    load = load_scalar_model if scores_sequences(Path(path)) else load_causal_lm
+    model, tokenizer = load(path, dtype=str(dtype).removeprefix("torch.")), load_tokenizer(path)
+    with atomic_dir(folder) as aside:
+        save_model(model, tokenizer, aside)
+        if (Path(path) / VALUE_HEAD).exists():
+            shutil.copy(Path(path) / VALUE_HEAD, aside)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -175,19 +206,34 @@ def unwrap(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, PreTrainedModel) and not isinstance(model, PreTrainedModel) else model
 
 
-def _load_config(path: str | Path, trust_remote_code: bool) -> tuple[Path, PreTrainedConfig]:
-    """The folder's config, once the weights' files are known to be there and whole."""
-    folder = existing_folder(path)
-    config = load_model_config(folder, trust_remote_code=trust_remote_code)
+def _load_config(path: str | Path, trust_remote_code: bool) -> tuple[Path, list[Path], PreTrainedConfig]:
+    """The whole model's folder, those of adapters to it, in order, and the config, once the weights' files are known to
+    be there and whole."""
+    folder, *adapters = with_bases(existing_folder(path))
+    config = load_model_config(path, trust_remote_code=trust_remote_code)
     check_weights(folder)
-    return folder, config
+    for adapter in adapters:
+        check_adapter_weights(adapter)
+    return folder, adapters, config
+
+
+def _merged(model: PreTrainedModel, adapters: list[Path]) -> PreTrainedModel:
+    """The model with adapters of these folders in its weights, which are looked at once more."""
+    for folder in adapters:
+        model = merge_adapters(model, folder)
+        model.config.name_or_path = str(folder)
+    _check_finite(Path(model.config.name_or_path), model)
+    return model
 
 
 def load_model_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The transformers config of a model folder, all dropout 0; its weights are not looked at. Raises ModelError."""
+    """The transformers config of a model folder, all dropout 0; its weights are not looked at. Raises ModelError.
+
+    A folder of adapters has none: it is that of the model they belong to.
+    """
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    folder = existing_folder(path)
+    folder = with_bases(existing_folder(path))[0]
     raw = read_config(folder)
     model_type = raw.get("model_type")
     if model_type not in CONFIG_MAPPING and not (trust_remote_code and raw.get("auto_map")):

@@ -96,11 +96,13 @@ class ModelReward(Reward):
 
 def _check_scores_sequences(folder: Path) -> None:
     """The folder is a reward model's, not a language model's, which could be loaded with a fresh head. ModelError."""
+    from rlhf_fast.models import scores_sequences
+
     architectures = _read(folder / "config.json").get("architectures") or []
-    if architectures and not any("ForSequenceClassification" in name for name in architectures):
+    if (architectures or (folder / "adapter_config.json").exists()) and not scores_sequences(folder):
         raise ModelError(
-            f"{folder} holds a {', '.join(architectures)}, which gives no scores. Train a reward model from it with "
-            "`rlhf-fast reward` and name that run's final/ folder."
+            f"{folder} holds a {', '.join(architectures) or 'policy'}, which gives no scores. Train a reward model "
+            "from it with `rlhf-fast reward` and name that run's final/ folder."
         )
 
 

@@ -18,6 +18,8 @@ from rlhf_fast.models import (
     PolicyModel,
     ScalarModel,
     SharedModel,
+    adapters_off,
+    add_adapters,
     check_positions,
     check_vocabulary,
     load_causal_lm,
@@ -33,7 +35,8 @@ class PPOModels:
     """Policy, value and reference log-probs of rollouts, wherever they come from.
 
     The value model is one of its own (`value_model: separate`) or a head on the policy's trunk (`shared`); there is no
-    reference when kl_coef is 0.
+    reference when kl_coef is 0. With use_peft policy and critic have adapters, and the reference is the policy with
+    its adapters off, unless ref_model_path names another.
     """
 
     def __init__(self, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, world: World) -> None:
@@ -41,6 +44,8 @@ class PPOModels:
         path, code = config.model_name_or_path, config.trust_remote_code
         self.causal_lm = load_causal_lm(path, dtype=config.dtype, trust_remote_code=code)
         check_vocabulary(self.causal_lm, tokenizer)
+        if config.use_peft:
+            add_adapters(self.causal_lm, config)
         self.policy_module: PolicyModel | SharedModel
         self.critic_module: ScalarModel | None = None
         if config.value_model == "shared":
@@ -49,7 +54,8 @@ class PPOModels:
             self.policy_module = PolicyModel(self.causal_lm)
             self.critic_module = self._load_critic(tokenizer)
         self.reference: PolicyModel | None = None
-        if config.kl_coef:
+        self.reference_is_policy = config.use_peft and bool(config.kl_coef) and config.ref_model_path is None
+        if config.kl_coef and not self.reference_is_policy:
             reference = load_causal_lm(config.ref_model_path or path, dtype=config.dtype, trust_remote_code=code)
             self.reference = PolicyModel(reference).requires_grad_(False).to(world.device)
             check_vocabulary(reference, tokenizer)
@@ -60,6 +66,8 @@ class PPOModels:
         path = config.value_model_path or config.model_name_or_path
         model = load_scalar_model(path, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
         check_vocabulary(model, tokenizer)  # it reads the policy's tokens
+        if config.use_peft:
+            add_adapters(model, config)
         set_gradient_checkpointing(model, config.gradient_checkpointing)
         return ScalarModel(model)
 
@@ -118,7 +126,7 @@ class PPOModels:
             device=self.world.device,
         )
         found: dict[str, Tensor] = {"values": zeros}
-        if self.reference is not None:
+        if self.reference is not None or self.reference_is_policy:
             found["reference"] = zeros.clone()
         if logprobs:
             found["logprobs"] = zeros.clone()
@@ -149,6 +157,9 @@ class PPOModels:
                 flat["values"] = outputs[2]
         if self.reference is not None:
             flat["reference"] = self.reference(*inputs, **arguments)[0]
+        elif self.reference_is_policy:
+            with adapters_off(self.causal_lm):
+                flat["reference"] = self.policy(*inputs, **arguments)[0]
         return flat
 
 

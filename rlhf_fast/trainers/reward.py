@@ -16,6 +16,7 @@ from rlhf_fast.distributed import World, all_reduce_max, all_reduce_sum, init_di
 from rlhf_fast.engine import Engine
 from rlhf_fast.models import (
     ScalarModel,
+    add_adapters,
     check_positions,
     check_vocabulary,
     load_scalar_model,
@@ -76,6 +77,8 @@ class RewardTrainer:
         pairs = [*self.train_pairs, *self.eval_pairs]
         longest = max(len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids))
         check_positions(self.model, longest, "lower max_length")
+        if config.use_peft:
+            add_adapters(self.model, config)
         set_gradient_checkpointing(self.model, config.gradient_checkpointing)
 
         checkpoint = open_run_folder(config, self.world, resume=resume)
@@ -170,7 +173,7 @@ class RewardTrainer:
         return metrics
 
     def export(self, folder: Path) -> None:
-        """Write the model as AutoModelForSequenceClassification loads it."""
+        """Write the model, or its adapters and head, as AutoModelForSequenceClassification loads it."""
         if self.config.system_prompt is not None:  # rewards/model.py puts it before what it scores
             self.model.config.system_prompt = self.config.system_prompt
         with self.scorer.gathered():

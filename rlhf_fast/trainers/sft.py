@@ -26,6 +26,7 @@ from rlhf_fast.engine import Engine
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.models import (
     PolicyModel,
+    add_adapters,
     check_positions,
     check_vocabulary,
     load_causal_lm,
@@ -67,6 +68,8 @@ class SFTTrainer:
             raise ConfigError(
                 f"packing: {type(self.model).__name__} lets packed examples see each other; set packing=false"
             )
+        if config.use_peft:
+            add_adapters(self.model, config)
         set_gradient_checkpointing(self.model, config.gradient_checkpointing)
 
         checkpoint = open_run_folder(config, self.world, resume=resume)
@@ -168,7 +171,7 @@ class SFTTrainer:
         return {"loss": loss, "mean_token_accuracy": accuracy}
 
     def export(self, folder: Path) -> None:
-        """Write the model as transformers loads it."""
+        """Write the model, or its adapters, as transformers loads it."""
         with self.policy.gathered():
             if self.world.is_main:
                 save_model(self.model, self.tokenizer, folder)
