@@ -9,10 +9,14 @@ from collections.abc import Callable
 
 import torch
 
-from tests.cuda import test_gated_mlp, test_linear, test_norm, test_rope_append, test_sample
+from tests.cuda import test_attention, test_gated_mlp, test_linear, test_norm, test_rope_append, test_sample
 from tests.cuda_on_cpu.device import Device
 
 CASES: dict[str, tuple[Callable[[Device], None], ...]] = {
+    "attention": (
+        lambda device: test_attention.test_several_tokens_of_a_sequence(device, torch.float32),
+        lambda device: test_attention.test_a_split_of_several_tiles(device, torch.float32),
+    ),
     "gated_mlp": (lambda device: test_gated_mlp.test_shapes(device, (3, 264, 40), torch.bfloat16),),
     "linear": (lambda device: test_linear.test_the_product(device, (3, 1033, 3), False, torch.bfloat16),),
     "norm": (lambda device: test_norm.test_rows_longer_than_the_block(device, torch.float32),),
