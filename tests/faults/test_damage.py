@@ -32,7 +32,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    "damage", ["cut short", *(pytest.param(name, marks=pytest.mark.slow) for name in DAMAGE if name != "cut short")]
+)
 def test_the_one_before_is_used(
     damage: str, workplace: Workplace, uninterrupted: tuple[dict[str, Any], dict[str, int]]
 ) -> None:

@@ -18,9 +18,7 @@ from .moments import MOMENTS, Strike
 NO_RESUME = [name for name in MOMENTS if name != "a checkpoint is loaded"]
 FAST = {
     "a rollout",
-    "forward and backward",
     "between two optimiser steps",
-    "a step in the metrics, not yet saved",
     "between the files of a checkpoint",
     "after the rename",
     "an old checkpoint out of sight",
