@@ -50,8 +50,12 @@ test-slow: .venv/.test
 test-sanitizers: .venv/.test
 	$(BIN)/python -m pytest -m sanitizers tests/test_sanitizers.py
 
+# What fresh memory of the logits' size costs depends on its pages. PyTorch asks for large ones only where
+# THP_MEM_ALLOC_ENABLE says so, as our command line does; so the ops on logits are timed without it too.
 bench: .venv/.test
 	$(BIN)/rlhf-fast bench -- --results bench/results
+	THP_MEM_ALLOC_ENABLE=0 $(BIN)/rlhf-fast bench -- --results bench/results \
+		-k "bench_gather_logprobs or bench_logits_ppo_loss"
 	$(BIN)/python -m bench.readme
 
 # 500 steps of the demo's PPO, watched: memory, open files, threads. After `make demo`; a quarter of an hour.

@@ -103,9 +103,10 @@ def machine(threads: int, instruction_set: str, huge_pages: str) -> dict[str, An
 
 
 def stem(where: dict[str, Any]) -> str:
-    """A file name for the run: its date and its machine."""
+    """A file name for the run: its date and its machine, and what was not as usual."""
     processor = re.sub(r"[^a-z0-9]+", "-", where["processor"].lower()).strip("-")
-    return f"{where['date']}-{processor}-{where['threads']}-threads"
+    pages = "-small-pages" if where["THP_MEM_ALLOC_ENABLE"] == "0" else ""
+    return f"{where['date']}-{processor}-{where['threads']}-threads{pages}"
 
 
 def lines(group: Group) -> list[str]:
@@ -113,7 +114,8 @@ def lines(group: Group) -> list[str]:
     found = []
     for name in sorted(group.seconds, key=lambda name: group.seconds[name]):
         rate = group.rate(name)
-        text = f"{name:<44} {1e3 * group.seconds[name]:10.3f} ms" + (f" {rate:7.1f} GB/s" if rate else "")
+        text = f"{name:<44} {1e3 * group.seconds[name]:10.3f} ms"
+        text += f" {group.bytes[name] / 1e6:8.1f} MB {rate:7.1f} GB/s" if rate else ""
         if name in group.memory:
             text += f" {group.memory[name] / 2**20:8.1f} MiB"
         if name in group.ours:
@@ -135,7 +137,7 @@ def tables(groups: list[Group], where: dict[str, Any]) -> dict[str, str]:
         "rest": [group for group in groups if group.op not in (*FUSES, *GENERATION)],
     }
     return {
-        name: f"{_table(chosen[name], fuses=name == 'kernels')}\nMedian times; {facts}.\n"
+        name: f"{_table(chosen[name], kernels=name == 'kernels')}\nMedian times; {facts}.\n"
         for name in chosen
         if chosen[name]
     }
@@ -146,8 +148,10 @@ def markdown(groups: list[Group], where: dict[str, Any]) -> str:
     return "\n".join(tables(groups, where).values())
 
 
-def _table(groups: list[Group], *, fuses: bool) -> str:
-    columns = ["job", *(["in one pass"] if fuses else []), "ms", "faster than", "share of the floor", "extra memory"]
+def _table(groups: list[Group], *, kernels: bool) -> str:
+    """Of kernels also what each fuses, and the bytes that the job has to move."""
+    columns = ["job", *(["in one pass"] if kernels else []), "ms", *(["MB", "GB/s"] if kernels else [])]
+    columns += ["faster than", "share of the floor", "extra memory"]
     rows = [columns, ["---"] * len(columns)]
     for group in groups:
         for name in group.ours:
@@ -156,8 +160,10 @@ def _table(groups: list[Group], *, fuses: bool) -> str:
             share = group.floor_share(name)
             floor = "" if share is None or group.floor is None else f"{share:.0%} ({group.floor.partition(': ')[2]})"
             memory = f"{group.memory[name] / 2**20:.1f} MiB" if name in group.memory else ""
-            cells = [label, *([FUSES[group.op]] if fuses else []), short(1e3 * group.seconds[name]), peers, floor]
-            rows.append([*cells, memory])
+            rate = group.rate(name)
+            moved = [f"{group.bytes[name] / 1e6:.1f}", f"{rate:.1f}"] if rate else ["", ""]
+            cells = [label, *([FUSES[group.op]] if kernels else []), short(1e3 * group.seconds[name])]
+            rows.append([*cells, *(moved if kernels else []), peers, floor, memory])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

@@ -19,8 +19,11 @@ COMPILER = shutil.which("g++")
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 OPS = ["tests/ops", "-k", "cpp"]
 DECODER = [
-    *(f"tests/generation/test_{name}.py" for name in ("linear", "cpp_sampler", "cpp_backend", "generator")),
-    *("-k", "linear or cpp or stop_string"),
+    *(f"tests/generation/test_{name}.py" for name in ("linear", "generator", "lora")),
+    *(f"tests/generation/test_cpp_{name}.py" for name in ("sampler", "backend", "interruptions", "long_runs")),
+    "-k",
+    "linear or sampler or cpp_backend or stop_string or stop_watcher or those_of_peft or bad_requests or cache_below "
+    "or hundreds or long_rows",
 ]
 # What says nothing of memory: torch.compile, opcheck, ranks, frequencies, Triton; rows so far apart that the
 # sanitizers' own bookkeeping takes gigabytes; two of three families in half precision.

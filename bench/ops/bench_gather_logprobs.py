@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.memory import peak_bytes
+from bench.ops.peers import eager, from_logsumexp_in_place, selective_log_softmax, with_entropy
 from rlhf_fast import ops
 
 ROWS, VOCABULARY = 512, 32_000
@@ -16,16 +18,6 @@ BYTES = 4 * ROWS * VOCABULARY  # of the logits
 ROUNDS = 15
 
 Forward = Callable[[Tensor, Tensor], Tensor]
-
-
-def eager(logits: Tensor, ids: Tensor) -> Tensor:
-    return torch.log_softmax(logits, dim=-1).gather(-1, ids[:, None])[:, 0]
-
-
-def selective_log_softmax(logits: Tensor, ids: Tensor) -> Tensor:
-    """TRL's way to save memory: the chosen logits less the logsumexp, a row at a time."""
-    chosen = logits.gather(-1, ids[:, None])[:, 0]
-    return chosen - torch.stack([torch.logsumexp(row, dim=-1) for row in logits])
 
 
 def ours(logits: Tensor, ids: Tensor) -> Tensor:
@@ -40,11 +32,22 @@ def ours_in_place(logits: Tensor, ids: Tensor) -> Tensor:
     return logprobs
 
 
+def ours_with_entropy(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.gather_logprobs(logits, ids, return_entropy=True)
+
+
 PEERS: dict[str, Forward] = {
     "torch eager": eager,
     "torch.compile": torch.compile(eager),
-    "TRL's selective_log_softmax": selective_log_softmax,
+    "TRL's and verl's selective_log_softmax": selective_log_softmax,
 }
+WITH_ENTROPY: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "rlhf_fast": ours_with_entropy,
+    "verl's formula": with_entropy,
+    "torch.compile of it": torch.compile(with_entropy),
+    "floor: one read": lambda logits, ids: (logits.sum(), logits),
+}
+IN_PLACE: dict[str, Forward] = {"rlhf_fast": ours_in_place, "Liger's formula": from_logsumexp_in_place}
 FORWARD: dict[str, Forward] = {"rlhf_fast": ours, **PEERS, "floor: one read": lambda logits, ids: logits.sum()}
 BACKWARD: dict[str, Forward] = {"rlhf_fast": ours, **PEERS}
 BACKWARD_FLOOR = "floor: two reads and a write"
@@ -63,9 +66,23 @@ def test_forward(benchmark: Any, name: str) -> None:
     logits, ids = inputs()
     benchmark.extra_info["bytes"] = BYTES
     with torch.no_grad():
+        benchmark.extra_info["memory"] = peak_bytes(lambda: FORWARD[name](logits, ids))
         found = benchmark.pedantic(FORWARD[name], (logits, ids), rounds=ROUNDS, warmup_rounds=3)
         if not name.startswith("floor"):
             torch.testing.assert_close(found, eager(logits.double(), ids).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.benchmark(group=f"gather_logprobs with entropy, forward, {ROWS}x{VOCABULARY} float32")
+@pytest.mark.parametrize("name", WITH_ENTROPY)
+def test_forward_with_entropy(benchmark: Any, name: str) -> None:
+    logits, ids = inputs()
+    benchmark.extra_info["bytes"] = BYTES
+    with torch.no_grad():
+        benchmark.extra_info["memory"] = peak_bytes(lambda: WITH_ENTROPY[name](logits, ids))
+        found = benchmark.pedantic(WITH_ENTROPY[name], (logits, ids), rounds=ROUNDS, warmup_rounds=3)
+        if not name.startswith("floor"):
+            for actual, expected in zip(found, with_entropy(logits.double(), ids), strict=True):
+                torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.benchmark(group=f"gather_logprobs, forward and backward, {ROWS}x{VOCABULARY} float32")
@@ -93,13 +110,14 @@ def test_forward_and_backward(benchmark: Any, name: str) -> None:
 
     (expected,) = torch.autograd.grad(eager(logits, ids), logits, weights)
     torch.testing.assert_close(step(), expected, rtol=1e-4, atol=1e-7)
+    benchmark.extra_info["memory"] = peak_bytes(step)
     benchmark.pedantic(step, rounds=ROUNDS, warmup_rounds=3)
 
 
 @pytest.mark.benchmark(group=f"gather_logprobs, forward and backward in place, {ROWS}x{VOCABULARY} float32")
-@pytest.mark.parametrize("name", ["rlhf_fast", IN_PLACE_FLOOR])
+@pytest.mark.parametrize("name", [*IN_PLACE, IN_PLACE_FLOOR])
 def test_in_place(benchmark: Any, name: str) -> None:
-    """The gradient over the logits, as no peer does it: compare with the group before."""
+    """The gradient over the logits: each round starts from those that the one before left."""
     logits, ids = inputs()
     weights = torch.linspace(-1, 1, ROWS)
     benchmark.extra_info["bytes"] = 3 * BYTES
@@ -109,9 +127,13 @@ def test_in_place(benchmark: Any, name: str) -> None:
             logits.sum()
             logits.mul_(1.0)
     else:
+        (expected,) = torch.autograd.grad(eager(leaf := logits.clone().requires_grad_(), ids), leaf, weights)
         logits.requires_grad_()
 
         def run() -> None:
-            torch.autograd.grad(ours_in_place(logits, ids), logits, weights)
+            torch.autograd.grad(IN_PLACE[name](logits, ids), logits, weights)
 
+        run()
+        torch.testing.assert_close(logits.detach(), expected, rtol=1e-4, atol=1e-7)
+        benchmark.extra_info["memory"] = peak_bytes(run)
     benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=3)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.memory import peak_bytes
 from rlhf_fast import ops
 
 ROWS, WIDTH, VOCABULARY = 512, 768, 50_257
@@ -74,7 +75,8 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("name", STEPS)
 def test_loss_and_gradients(benchmark: Any, name: str) -> None:
     given = inputs()
-    found = benchmark.pedantic(STEPS[name], given, rounds=ROUNDS, warmup_rounds=1)
+    benchmark.extra_info["memory"] = peak_bytes(lambda: STEPS[name](*given))
+    found = benchmark.pedantic(STEPS[name], given, rounds=ROUNDS)
     if name == "rlhf_fast":
         for a, b in zip(found, differentiated(eager)(*given), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from bench.memory import peak_bytes
 from rlhf_fast import ops
 
 ROWS, WIDTH, VOCABULARY = 512, 768, 50_257
 ROUNDS = 3
+WORDS = 4096  # in a chunk of the vocabulary
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -25,9 +27,46 @@ def eager(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 
 
 def checkpointed_chunks(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """verl's and RL-Kernel's way: chunks of tokens, each one's logits made again in the backward pass."""
+    """verl's way: chunks of tokens, each one's logits made again in the backward pass."""
     chunks = zip(hidden.split(64), ids.split(64), strict=True)
     return torch.cat([checkpoint(eager, h, weight, i, use_reentrant=False) for h, i in chunks])
+
+
+class _VocabularyChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        largest = hidden.new_full((len(hidden),), -torch.inf)
+        total, chosen = hidden.new_zeros(len(hidden)), hidden.new_zeros(len(hidden))
+        for start in range(0, len(weight), WORDS):
+            logits = F.linear(hidden, weight[start : start + WORDS])
+            raised = torch.maximum(largest, logits.amax(dim=-1))
+            total = total * (largest - raised).exp() + (logits - raised[:, None]).exp().sum(dim=-1)
+            largest = raised
+            here = (ids >= start) & (ids < start + WORDS)
+            inside = (ids - start).clamp(0, logits.shape[1] - 1)[:, None]
+            chosen = torch.where(here, logits.gather(-1, inside)[:, 0], chosen)
+        log_sum = largest + total.log()
+        ctx.save_for_backward(hidden, weight, ids, log_sum)
+        return chosen - log_sum
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight, ids, log_sum = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.zeros_like(hidden), torch.empty_like(weight)
+        for start in range(0, len(weight), WORDS):
+            words = slice(start, start + WORDS)
+            gradient = F.linear(hidden, weight[words]).sub_(log_sum[:, None]).exp_().mul_(-upstream[:, None])
+            rows = ((ids >= start) & (ids < start + WORDS)).nonzero()[:, 0]
+            gradient[rows, ids[rows] - start] += upstream[rows]
+            grad_hidden.addmm_(gradient, weight[words])
+            torch.mm(gradient.T, hidden, out=grad_weight[words])
+        return grad_hidden, grad_weight, None
+
+
+def vocabulary_chunks(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """RL-Kernel's way by its description: online softmax over parts of the vocabulary, made again backward."""
+    found: Tensor = _VocabularyChunks.apply(hidden, weight, ids)
+    return found
 
 
 def ours(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
@@ -39,7 +78,8 @@ def ours(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 PEERS: dict[str, Forward] = {
     "torch eager, all logits": eager,
     "torch.compile, all logits": torch.compile(eager),
-    "checkpointed chunks": checkpointed_chunks,
+    "verl: checkpointed chunks": checkpointed_chunks,
+    "RL-Kernel: chunks of the vocabulary": vocabulary_chunks,
 }
 
 
@@ -58,7 +98,9 @@ def test_forward(benchmark: Any, name: str) -> None:
         if name.startswith("floor"):
             benchmark.pedantic(F.linear, (hidden, weight), rounds=ROUNDS, warmup_rounds=1)
             return
-        found = benchmark.pedantic({"rlhf_fast": ours, **PEERS}[name], (hidden, weight, ids), rounds=ROUNDS)
+        forward = {"rlhf_fast": ours, **PEERS}[name]
+        benchmark.extra_info["memory"] = peak_bytes(lambda: forward(hidden, weight, ids))
+        found = benchmark.pedantic(forward, (hidden, weight, ids), rounds=ROUNDS)
         torch.testing.assert_close(found, eager(hidden, weight, ids), rtol=1e-5, atol=1e-4)
 
 
@@ -81,9 +123,12 @@ def test_forward_and_backward(benchmark: Any, name: str) -> None:
             benchmark.pedantic(floor, rounds=ROUNDS, warmup_rounds=1)
         return
     forward = {"rlhf_fast": ours, **PEERS}[name]
-    found = benchmark.pedantic(
-        lambda: torch.autograd.grad(forward(hidden, weight, ids), leaves, upstream), rounds=ROUNDS, warmup_rounds=1
-    )
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(forward(hidden, weight, ids), leaves, upstream)
+
+    benchmark.extra_info["memory"] = peak_bytes(step)
+    found = benchmark.pedantic(step, rounds=ROUNDS)
     expected = torch.autograd.grad(eager(hidden, weight, ids), leaves, upstream)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.memory import peak_bytes
+from bench.ops import peers
 from rlhf_fast import ops
 
 ROWS, VOCABULARY = 512, 32_000
@@ -39,14 +41,12 @@ def clipped_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mas
     return (losses * mask).sum() / mask.sum()
 
 
-def eager(logits: Tensor, ids: Tensor, **rest: Any) -> Tensor:
-    return clipped_loss(torch.log_softmax(logits, dim=-1).gather(-1, ids[:, None])[:, 0], **rest)
+def from_logprobs(logprobs_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The loss from logits by way of the log-probs."""
+    return lambda logits, ids, **rest: clipped_loss(logprobs_of(logits, ids), **rest)
 
 
-def selective(logits: Tensor, ids: Tensor, **rest: Any) -> Tensor:
-    """TRL's selective_log_softmax: the chosen logits less the logsumexp, a row at a time."""
-    chosen = logits.gather(-1, ids[:, None])[:, 0]
-    return clipped_loss(chosen - torch.stack([torch.logsumexp(row, dim=-1) for row in logits]), **rest)
+eager = from_logprobs(peers.eager)
 
 
 def ours(logits: Tensor, **rest: Any) -> Tensor:
@@ -57,7 +57,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "rlhf_fast": ours,
     "torch eager": eager,
     "torch.compile": torch.compile(eager),
-    "TRL's selective_log_softmax": selective,
+    "TRL's and verl's selective_log_softmax": from_logprobs(peers.selective_log_softmax),
+    "Liger's formula, in place": from_logprobs(peers.from_logsumexp_in_place),
 }
 
 
@@ -80,4 +81,6 @@ def test_forward_and_backward(benchmark: Any, name: str) -> None:
 
     (expected,) = torch.autograd.grad(eager(leaf := logits.clone().requires_grad_(), **rest), leaf)
     torch.testing.assert_close(step(from_a_head(logits)), expected, rtol=1e-4, atol=1e-9)
+    again = from_a_head(logits)
+    benchmark.extra_info["memory"] = peak_bytes(lambda: step(again))
     benchmark.pedantic(step, setup=lambda: ((from_a_head(logits),), {}), rounds=ROUNDS, warmup_rounds=3)

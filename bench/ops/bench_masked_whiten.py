@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.memory import peak_bytes
 from rlhf_fast import ops
 
 ROWS, COLUMNS = 256, 1024
@@ -48,6 +49,7 @@ def test_masked_whiten(benchmark: Any, name: str) -> None:
     x = torch.randn(ROWS, COLUMNS, generator=generator)
     mask = torch.rand(ROWS, COLUMNS, generator=generator) < 0.8
     benchmark.extra_info["bytes"] = BYTES
+    benchmark.extra_info["memory"] = peak_bytes(lambda: RUNS[name](x, mask))
     found = benchmark.pedantic(RUNS[name], (x, mask), rounds=30, warmup_rounds=3)
     if not name.startswith("floor"):
         torch.testing.assert_close(found.double(), trl(x.double(), mask), rtol=1e-4, atol=1e-5)

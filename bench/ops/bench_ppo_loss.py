@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.memory import peak_bytes
 from rlhf_fast import ops
 
 SHAPE = (256, 1024)
@@ -72,4 +73,5 @@ def test_forward_and_backward(benchmark: Any, name: str) -> None:
 
     (expected,) = torch.autograd.grad(eager(**given)[0], given["logprobs"])
     torch.testing.assert_close(step(), expected, rtol=1e-5, atol=1e-10)
+    benchmark.extra_info["memory"] = peak_bytes(step)
     benchmark.pedantic(step, rounds=ROUNDS, warmup_rounds=5)

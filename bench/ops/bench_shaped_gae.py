@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.memory import peak_bytes
 from rlhf_fast import ops
 
 ROWS, COLUMNS = 256, 1024
@@ -62,6 +63,7 @@ RUNS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "rlhf_fast": ours,
     "Python loop of DeepSpeed-Chat and TRL": python_loop,
     "torch eager by doubling": doubling,
+    "torch.compile of it": torch.compile(doubling),
     "floor: copies of the same bytes": floor,
 }
 
@@ -78,6 +80,7 @@ def inputs() -> Inputs:
 def test_shaped_gae(benchmark: Any, name: str) -> None:
     given = inputs()
     benchmark.extra_info["bytes"] = BYTES
+    benchmark.extra_info["memory"] = peak_bytes(lambda: RUNS[name](*given))
     found = benchmark.pedantic(RUNS[name], given, rounds=30, warmup_rounds=3)
     if not name.startswith("floor"):
         scores, logprobs, ref, values, mask = given

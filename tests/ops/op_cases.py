@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -45,18 +43,3 @@ def close(actual: Tensor, expected: object, tolerance: float = 1e-12) -> None:
     """Equal to a tensor, number or nested list up to an absolute and relative tolerance."""
     expected = torch.as_tensor(expected, dtype=actual.dtype)
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most that PyTorch's allocator holds at once on the CPU while run() runs, beyond what it held before."""
-    run()  # what the first call allocates once and keeps does not count
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    assert profile.profiler is not None
-    assert profile.profiler.kineto_results is not None
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak

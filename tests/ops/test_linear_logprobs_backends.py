@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bench.memory import peak_bytes
 from rlhf_fast import ops
 from rlhf_fast.ops import Backend, _head_chunks
 from rlhf_fast.ops.linear_logprobs import _backward, _forward
-from tests.ops.op_cases import Normals, close, peak_bytes, seeds
+from tests.ops.op_cases import Normals, close, seeds
 
 IGNORE = -100
 BACKENDS: list[Backend] = ["cpp", "triton"]
@@ -66,9 +67,9 @@ def compare(found: list[Tensor], exact: list[Tensor], tolerance: float = 2e-6) -
         torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance * max(largest, 1.0))
 
 
-@settings(max_examples=30, deadline=None)
+@backends
+@settings(max_examples=15, deadline=None)
 @given(
-    backend=st.sampled_from(["cpp", "cpp", "cpp", "triton"]),  # the interpreter is slow
     rows=st.sampled_from([1, 3, 4, 5, 8, 9]),
     ignored=st.sampled_from([0.0, 0.4, 1.0]),
     with_bias=st.booleans(),

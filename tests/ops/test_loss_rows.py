@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,21 +19,6 @@ from tests.ops.test_gather_logprobs_backends import DTYPES, ROUNDING, flat, like
 
 # numpy's remarks on inf - inf in the interpreter
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-def test_grid_of_more_rows_than_a_dimension_y_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf_fast.kernels import logits_ppo_loss as module
-
-    class Kernel:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            self.grid = grid
-            return lambda *_, **__: None
-
-    kernel = Kernel()
-    monkeypatch.setattr(module, "_cross_entropy_kernel", kernel)
-    ids = torch.zeros(70_000, dtype=torch.int64)
-    cross_entropy_rows_("triton", torch.zeros(70_000, 2), ids, ids == 0, None, torch.tensor(1.0))
-    assert kernel.grid == (70_000,)
 
 
 def test_ids_out_of_range() -> None:
