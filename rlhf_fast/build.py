@@ -24,7 +24,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +33,7 @@ from typing import Any
 import pybind11
 import torch
 
-from rlhf_fast.errors import BuildError, ConfigError
+from rlhf_fast.errors import BuildError
 
 CSRC = Path(__file__).resolve().parent / "csrc"
 WITHOUT = 'Without it, backend="reference" (in a config: ops_backend: reference) works on any machine.'
@@ -57,12 +57,25 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Toolchain:
+    """A compiler with what it is told in all cases."""
+
+    command: tuple[str, ...]
+    compile_flags: tuple[str, ...]
+    link_flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Library:
-    """A shared library to build: NAME.so from its units. A change in a header changes the key like one in a source."""
+    """A shared library to build: NAME.so from its units. A change in a header changes the key like one in a source.
+
+    `toolchain` raises BuildError where there is none.
+    """
 
     name: str
     units: tuple[Unit, ...]
     headers: tuple[Path, ...] = ()
+    toolchain: Callable[[], Toolchain] = lambda: cpp_toolchain()
 
 
 def ops_library() -> Library:
@@ -84,7 +97,8 @@ def generation_library() -> Library:
         for source in sources
         if source not in kernels
     ]
-    headers = sorted([*(CSRC / "cpu").glob("*.h"), *folder.glob("*.h")])
+    cuda = [folder / "cuda" / name for name in ("backend.h", "torch.h")]
+    headers = sorted([*(CSRC / "cpu").glob("*.h"), *folder.glob("*.h"), *cuda])
     return Library("_generation", (*others, *_kernels(kernels)), tuple(headers))
 
 
@@ -141,26 +155,13 @@ def load_generation() -> ModuleType:
     return module
 
 
-def build_all(cuda_arch: str | None = None) -> None:
-    """Build every library now and say where it is: `rlhf-fast build`.
-
-    Args:
-        cuda_arch: GPU architectures such as "80,90". No CUDA source exists yet, so it is only checked.
-
-    Raises:
-        BuildError: as load_ops. ConfigError: cuda_arch is not a list of architectures.
-    """
-    if cuda_arch is not None and not re.fullmatch(r"\d{2,3}a?(,\d{2,3}a?)*", cuda_arch):
-        raise ConfigError(f"--cuda-arch: expected architectures such as 80,90; got {cuda_arch!r}")
-    for library in (ops_library(), generation_library()):
-        there = find(library)
-        start = time.monotonic()
-        path = there or build(library)
-        print(f"{library.name}: {'already built' if there else f'built in {time.monotonic() - start:.0f} s'}, {path}")
-    load_ops()
-    load_generation()
-    if cuda_arch is not None:
-        print(f"CUDA: nothing to compile for {cuda_arch}; the GPU kernels are Triton's, compiled at their first call")
+def announce(library: Library, kind: str = "") -> None:
+    """Build the library, of that kind, unless it is there, and print where it is."""
+    there = find(library)
+    start = time.monotonic()
+    path = there or build(library)
+    name = f"{library.name} {kind}".rstrip()
+    print(f"{name}: {'already built' if there else f'built in {time.monotonic() - start:.0f} s'}, {path}")
 
 
 def cache_folder() -> Path:
@@ -223,12 +224,17 @@ def compiler() -> list[str]:
     )
 
 
+def cpp_toolchain() -> Toolchain:
+    """The C++ compiler with torch's headers and libraries. Raises BuildError."""
+    return Toolchain(tuple(compiler()), tuple(_compile_flags()), tuple(_link_flags()))
+
+
 @functools.cache
 def compiler_version(command: tuple[str, ...]) -> str:
     """What the compiler says of itself: all lines of --version."""
     done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise BuildError(f"the C++ compiler does not run: {shlex.join(command)} --version: {done.stderr.strip()}")
+        raise BuildError(f"the compiler does not run: {shlex.join(command)} --version: {done.stderr.strip()}")
     return done.stdout.strip()
 
 
@@ -249,17 +255,16 @@ def ninja_program() -> str:
 def _facts(library: Library) -> dict[str, Any]:
     """All that the binary depends on."""
     files = {*(unit.source for unit in library.units), *library.headers}
-    command = compiler()
+    toolchain = library.toolchain()
     return {
         "files": sorted((path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files),
         "units": [(unit.source.name, unit.flags) for unit in library.units],
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": sys.version,
-        "compiler": [command, compiler_version(tuple(command))],
-        "flags": [_compile_flags(), _link_flags()],
+        "compiler": [toolchain.command, compiler_version(toolchain.command)],
+        "flags": [toolchain.compile_flags, toolchain.link_flags],
         "cpu": _cpu_flags(),
-        "gpu": [],  # architectures, once there are CUDA sources
     }
 
 
@@ -339,14 +344,15 @@ def _ninja_file(library: Library) -> str:
     def path(text: str | Path) -> str:
         return re.sub(r"([$ :])", r"$\1", str(text))
 
-    def words(flags: list[str] | tuple[str, ...]) -> str:
+    def words(flags: tuple[str, ...]) -> str:
         return shlex.join(flags).replace("$", "$$")
 
+    toolchain = library.toolchain()
     lines = [
         "rule compile",
-        f"  command = {words(compiler())} {words(_compile_flags())} $flags -c $in -o $out",
+        f"  command = {words(toolchain.command)} {words(toolchain.compile_flags)} $flags -c $in -o $out",
         "rule link",
-        f"  command = {words(compiler())} $in -o $out {words(_link_flags())}",
+        f"  command = {words(toolchain.command)} $in -o $out {words(toolchain.link_flags)}",
     ]
     objects = []
     for number, unit in enumerate(library.units):

@@ -302,9 +302,15 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from rlhf_fast.build import build_all
+    from rlhf_fast import build, build_cuda
 
-    build_all(cuda_arch=args.cuda_arch)
+    architectures = build_cuda.architectures(args.cuda_arch)
+    for library in (build.ops_library(), build.generation_library()):
+        build.announce(library)
+    build.load_ops()
+    build.load_generation()
+    for architecture in architectures:
+        build.announce(build_cuda.cuda_library(architecture), f"sm_{architecture}")
     return 0
 
 

@@ -118,7 +118,7 @@ class PPOConfig(TrainerConfig):
     repetition_penalty: float = 1.0  # other than 1 is refused: log-probs would not be the policy's
     stop_token_ids: list[int] | None = None  # besides EOS
     rollout_batch_size: int = 64  # completions decoded at once on one rank
-    rollout_backend: Literal["auto", "cpp", "transformers"] = "auto"  # auto: our decoder where it knows the model
+    rollout_backend: Literal["auto", "cpp", "cuda", "transformers"] = "auto"  # auto: ours where it can
 
     # PPO
     semantics: Literal["default", "dschat"] = "default"  # dschat: DeepSpeed-Chat's formulas, to migrate

@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from rlhf_fast import build
+from rlhf_fast import build, build_cuda
 from rlhf_fast.errors import BuildError
 
 Status = Literal["ok", "missing", "problem", "optional"]
@@ -128,9 +128,25 @@ def _gpu() -> list[Check]:
         gpu = Check("gpu", "optional", "an NVIDIA driver is installed", advice)
     else:
         gpu = Check("gpu", "optional", "none; training runs on the CPU")
-    nvcc = shutil.which("nvcc")
-    found = _last_line([nvcc, "--version"]) if nvcc else "none; not needed, the GPU kernels are Triton's"
-    return [gpu, Check("nvcc", "ok" if nvcc else "optional", found)]
+    try:
+        program = build_cuda.nvcc()
+        nvcc = Check("nvcc", "ok", f"{program} ({_last_line([program, '--version'])})")
+    except BuildError as error:
+        nvcc = Check("nvcc", "optional", "none; with a GPU transformers decodes", str(error))
+    return [gpu, nvcc, *(_cuda_decoder() if torch.cuda.is_available() else [])]
+
+
+def _cuda_decoder() -> list[Check]:
+    """One line for each kind of GPU that is there. The libraries are built at need."""
+    checks = []
+    for architecture in build_cuda.present():
+        try:
+            build_cuda.load_cuda(architecture)
+            path = build.find(build_cuda.cuda_library(architecture))
+            checks.append(Check(f"CUDA decoder, sm_{architecture}", "ok", str(path)))
+        except BuildError as error:
+            checks.append(Check(f"CUDA decoder, sm_{architecture}", "optional", "transformers decodes", str(error)))
+    return checks
 
 
 def _build_tools_and_ops() -> list[Check]:

@@ -20,7 +20,7 @@ import pytest
 
 from rlhf_fast import build
 from rlhf_fast.build import Library, Unit
-from rlhf_fast.errors import BuildError, ConfigError
+from rlhf_fast.errors import BuildError
 
 ROOT = Path(__file__).parent.parent
 
@@ -296,17 +296,6 @@ def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert build.cache_folder() == tmp_path / "somewhere"
     monkeypatch.delenv("RLHF_FAST_CACHE")
     assert build.cache_folder() == tmp_path / ".cache" / "rlhf_fast"
-
-
-def test_build_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.delenv("RLHF_FAST_CACHE")  # the ops that the other tests use
-    build.build_all(cuda_arch="80,90a")
-    output = capsys.readouterr().out
-    assert "_ops: " in output
-    assert "_generation: " in output
-    assert "CUDA: nothing to compile for 80,90a" in output
-    with pytest.raises(ConfigError, match="expected architectures such as 80,90; got 'sm_80'"):
-        build.build_all(cuda_arch="sm_80")
 
 
 # What the loaded ops say of themselves, and which OpenMP runtimes are in the process.

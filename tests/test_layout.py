@@ -22,7 +22,7 @@ LAYERS = [
     {"config_loading", "report"},
     {"algorithms", "checkpoint", "data", "distributed", "engine", "generation", "models", "rewards", "tracking"},
     {"ops"},
-    {"build", "csrc", "kernels"},
+    {"build", "build_cuda", "csrc", "kernels"},
     {"config", "errors"},
 ]
 

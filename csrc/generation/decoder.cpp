@@ -13,10 +13,6 @@
 namespace rlhf_fast {
 namespace {
 
-// Prompt tokens that go through the model in one step, beside those that are being decoded: enough for the products'
-// best rate, few enough that activations stay small.
-constexpr int64_t kPrefillTokens = 256;
-
 int64_t pages_for(int64_t tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
 
 struct Row {
@@ -89,7 +85,7 @@ class Loop {
   void plan() {
     spans_.clear();
     planned_.clear();
-    int64_t room = kPrefillTokens;
+    int64_t room = options_.prefill_tokens;
     for (size_t i = 0; i < running_.size(); ++i) schedule(*running_[i], room);  // may evict from the end
     int64_t places = options_.max_rows - int64_t(running_.size());
     for (auto next = waiting_.begin(); next != waiting_.end() && places > 0 && room > 0; --places) {

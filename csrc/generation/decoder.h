@@ -33,8 +33,9 @@ struct Output {
 struct Options {
   SamplingOptions sampling;         // its stop ids are set from these:
   std::vector<int32_t> stop_ids;   // in order; what ends a row and may not be drawn before min_tokens
-  int64_t max_rows = 64;    // decoded together
-  int64_t cache_bytes = 0;  // 0: no bound
+  int64_t max_rows = 64;         // decoded together
+  int64_t prefill_tokens = 256;  // of prompts that go through the model in one step, beside those being decoded
+  int64_t cache_bytes = 0;       // 0: no bound
 };
 
 // What the loop asks of its caller. All may throw, which ends the call.

@@ -14,6 +14,7 @@
 #include "adapter.h"
 #include "bindings.h"
 #include "cpu_backend.h"
+#include "cuda/backend.h"
 #include "decoder.h"
 
 namespace py = pybind11;
@@ -63,6 +64,30 @@ DecodeStats decode_at(Backend& backend, const std::vector<std::vector<int32_t>>&
   omp_set_num_threads(threads);
   py::gil_scoped_release released;
   return decode(backend, prompts, requests, options, callbacks, output);
+}
+
+std::unique_ptr<Backend> cuda_backend(uintptr_t make, const Model& model, const CudaSettings& settings) {
+  return std::unique_ptr<Backend>(pointer<decltype(rlhf_fast_cuda_backend)>(make)(model, settings));
+}
+
+void bind_backends(py::module_& m) {
+  py::class_<Backend>(m, "Backend");
+  py::class_<CpuBackend, Backend>(m, "CpuBackend").def(py::init<const Model&>(), "model"_a, py::keep_alive<1, 2>());
+  py::class_<CudaSettings>(m, "CudaSettings")
+      .def(py::init<>())
+      .def_readwrite("max_rows", &CudaSettings::max_rows)
+      .def_readwrite("max_tokens", &CudaSettings::max_tokens)
+      .def_readwrite("max_positions", &CudaSettings::max_positions)
+      .def_readwrite("pool", &CudaSettings::pool)
+      .def_readwrite("pages", &CudaSettings::pages)
+      .def_readwrite("penalty", &CudaSettings::penalty)
+      .def_readwrite("stream", &CudaSettings::stream)
+      .def_property("allocate", nullptr, [](CudaSettings& s, decltype(Torch::allocate) f) { s.torch.allocate = f; })
+      .def_property("product", nullptr, [](CudaSettings& s, decltype(Torch::product) f) { s.torch.product = f; })
+      .def_property("attend", nullptr, [](CudaSettings& s, decltype(Torch::attend) f) { s.torch.attend = f; })
+      .def_property("replay", nullptr, [](CudaSettings& s, decltype(Torch::replay) f) { s.torch.replay = f; });
+  m.def("cuda_backend", &cuda_backend, "make"_a, "model"_a, "settings"_a, py::keep_alive<0, 2>(),
+        "The backend that rlhf_fast_cuda_backend gives, the function of the CUDA library at that address.");
 }
 
 void bind_model(py::module_& m) {
@@ -171,6 +196,7 @@ void bind_decoder(py::module_& m) {
       .def_readwrite("sampling", &Options::sampling)
       .def_readwrite("stop_ids", &Options::stop_ids)
       .def_readwrite("max_rows", &Options::max_rows)
+      .def_readwrite("prefill_tokens", &Options::prefill_tokens)
       .def_readwrite("cache_bytes", &Options::cache_bytes);
   py::class_<DecodeStats>(m, "DecodeStats")
       .def_readonly("steps", &DecodeStats::steps)
@@ -179,8 +205,7 @@ void bind_decoder(py::module_& m) {
       .def_readonly("peak_cache_bytes", &DecodeStats::peak_cache_bytes)
       .def_readonly("looks", &DecodeStats::looks)
       .def_readonly("finite", &DecodeStats::finite);
-  py::class_<Backend>(m, "Backend");
-  py::class_<CpuBackend, Backend>(m, "CpuBackend").def(py::init<const Model&>(), "model"_a, py::keep_alive<1, 2>());
+  bind_backends(m);
   m.def("decode", &decode_at, "backend"_a, "prompts"_a, "requests"_a, "options"_a, "threads"_a, "abort"_a, "stopped"_a,
         "width"_a, "tokens"_a, "mask"_a, "logprobs"_a, "sampled_logprobs"_a, "finish"_a,
         "Completes the requests; results go to row i of the tensors. abort: an int32 that ends the call when not 0.");

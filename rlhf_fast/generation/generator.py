@@ -15,7 +15,7 @@ from torch import nn
 from rlhf_fast.errors import BuildError
 from rlhf_fast.ops import Backend
 
-from . import cpp_backend, transformers_backend
+from . import cpp_backend, cuda_backend, transformers_backend
 from .abort import AbortFlag
 from .decoded import Decoded, Request
 from .model_spec import Spec, UnsupportedError, describe
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 class GeneratorStats:
     """Counts since the generator was made."""
 
-    backend: str  # what decoded last, or will first: "cpp" or "transformers"
+    backend: str  # what decoded last, or will first: "cpp", "cuda" or "transformers"
     prompt_tokens: int = 0  # of all completions
-    prefilled_tokens: int = 0  # of them those that went through the model; in C++ completions share equal beginnings
+    prefilled_tokens: int = 0  # of them those that went through the model; the own decoder shares equal beginnings
     generated_tokens: int = 0
     seconds: float = 0.0  # prefill included
-    evictions: int = 0  # rows that gave their part of a full cache back for a while, in C++
+    evictions: int = 0  # rows that gave their part of a full cache back for a while, in the own decoder
     peak_cache_bytes: int = 0  # keys and values at most; with transformers of the largest batch, by the model's config
 
     @property
@@ -53,10 +53,11 @@ class Generator:
     trains it; it is put in eval mode for each call. After an optimiser step the next call sees the new weights.
     `tokenizer`: needed for prompts given as text, for texts of completions and for stop strings.
 
-    `backend`: "cpp" is the project's own decoder, on the CPU for the families of model_spec.py; "transformers" runs any
-    model; "auto" takes the first where it can, and says in a warning why it cannot. `max_batch_size`: rows decoded
-    together. `cache_bytes`: what the C++ decoder may use for keys and values; rows wait where that is too little for
-    all. None of these changes a row's tokens in the C++ decoder.
+    `backend`: "cpp" is the project's own decoder, on the CPU for the families of model_spec.py, "cuda" the same on a
+    GPU; "transformers" runs any model; "auto" takes the one for the model's device where it can, and says in a warning
+    why it cannot. `max_batch_size`: rows decoded together. `cache_bytes`: what the own decoder may use for keys and
+    values; rows wait where that is too little for all. None of these changes a row's tokens on the CPU; docs/gpu.md
+    says what a GPU does.
 
     EOS is the tokenizer's and the ones in the model's generation_config; nothing else of that config is used.
     """
@@ -66,13 +67,13 @@ class Generator:
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        backend: Literal["auto", "cpp", "transformers"] = "auto",
+        backend: Literal["auto", "cpp", "cuda", "transformers"] = "auto",
         max_batch_size: int = 64,
         cache_bytes: int | None = None,
         ops_backend: Backend = "auto",
     ):
-        if backend not in ("auto", "cpp", "transformers"):
-            raise ValueError(f"backend: 'auto', 'cpp' or 'transformers' was expected, got {backend!r}")
+        if backend not in ("auto", "cpp", "cuda", "transformers"):
+            raise ValueError(f"backend: 'auto', 'cpp', 'cuda' or 'transformers' was expected, got {backend!r}")
         for name, value in (("max_batch_size", max_batch_size), ("cache_bytes", cache_bytes)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: must be at least 1, got {value}")
@@ -82,8 +83,8 @@ class Generator:
         self.model, self.tokenizer = inner, tokenizer
         self.backend, self.ops_backend = backend, ops_backend
         self.max_batch_size, self.cache_bytes = max_batch_size, cache_bytes
-        self.stats = GeneratorStats("transformers" if backend == "transformers" else "cpp")
-        self._why_not_cpp: str | None = None  # as warned of
+        self.stats = GeneratorStats(self._own_backend() or "transformers")
+        self._why_not: str | None = None  # the own decoder, as warned of
         self._can_batch: bool | None = None  # tried at need
         self._abort = AbortFlag()
         self._busy = threading.Lock()
@@ -92,7 +93,7 @@ class Generator:
         """params.n completions for each prompt (text or token ids), in the prompts' order.
 
         Raises ValueError: an empty prompt, ids out of range, no room in the model's context, text or stop strings
-        without a tokenizer, a cache too small for one row, backend="cpp" for a model that it does not know.
+        without a tokenizer, a cache too small for one row, backend="cpp" or "cuda" for a model that it does not know.
         NonFiniteError: NaN logits.
         """
         prompt_ids = [self._encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
@@ -187,30 +188,40 @@ class Generator:
             if spec is None:
                 decoded = self._decode_in_batches(prompts, requests, params, watchers)
             else:
-                decoded = self._decode_in_cpp(spec, prompts, requests, params, watchers)
+                decoded = self._decode_together(spec, prompts, requests, params, watchers)
             self.stats.prompt_tokens += sum(len(prompts[request.prompt]) for request in requests)
             self.stats.generated_tokens += int(decoded.mask.sum())
             self.stats.seconds += time.perf_counter() - started
         return decoded
 
+    def _own_backend(self) -> str | None:
+        """Which of the own decoder's backends is to decode; None where it is transformers' work."""
+        if self.backend == "auto":
+            return {"cpu": "cpp", cuda_backend.DEVICE: "cuda"}.get(self.model.device.type)
+        return None if self.backend == "transformers" else self.backend
+
     def _spec(self, positions: int) -> Spec | None:
-        """The model as the C++ decoder wants it; None where transformers decodes."""
+        """The model as the own decoder wants it; None where transformers decodes."""
         self.stats.backend = "transformers"
-        if self.backend == "transformers" or (self.backend == "auto" and self.model.device.type != "cpu"):
+        backend = self._own_backend()
+        if backend is None:
             return None
         try:
-            spec = describe(self.model, positions)
+            spec = describe(self.model, positions, cuda_backend.DEVICE if backend == "cuda" else "cpu")
+            if backend == "cuda":
+                cuda_backend.check(spec, self.model.device)
         except (UnsupportedError, BuildError) as error:
-            if self.backend == "cpp":
-                raise error if isinstance(error, BuildError) else ValueError(f"backend 'cpp': {error}") from error
-            if str(error) != self._why_not_cpp:
-                self._why_not_cpp = str(error)
-                warnings.warn(f"transformers decodes instead of C++: {error}", stacklevel=5)
+            if self.backend == backend:
+                raise error if isinstance(error, BuildError) else ValueError(f"backend '{backend}': {error}") from error
+            if str(error) != self._why_not:
+                self._why_not = str(error)
+                name = "C++" if backend == "cpp" else "CUDA"
+                warnings.warn(f"transformers decodes instead of {name}: {error}", stacklevel=5)
             return None
-        self.stats.backend = "cpp"
+        self.stats.backend = backend
         return spec
 
-    def _decode_in_cpp(
+    def _decode_together(
         self,
         spec: Spec,
         prompts: list[list[int]],
@@ -218,7 +229,8 @@ class Generator:
         params: SamplingParams,
         watchers: list[StopStrings] | None,
     ) -> Decoded:
-        decoded, counts = cpp_backend.decode(
+        backend = cuda_backend if self.stats.backend == "cuda" else cpp_backend
+        decoded, counts = backend.decode(
             spec,
             prompts,
             requests,

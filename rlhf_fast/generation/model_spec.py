@@ -40,10 +40,12 @@ class Spec:
 
     model: Any
     made: list[Tensor] = field(default_factory=list)
+    linears: dict[int, nn.Module] = field(default_factory=dict)  # with adapters, by their weights' addresses
 
 
-def describe(model: nn.Module, positions: int) -> Spec:
-    """`model`'s description for sequences of up to `positions` tokens, good until its parameters move.
+def describe(model: nn.Module, positions: int, device: str = "cpu") -> Spec:
+    """`model`'s description for sequences of up to `positions` tokens, good until its parameters move. All of them are
+    to lie on that kind of device.
 
     Raises UnsupportedError. BuildError: the decoder cannot be compiled.
     """
@@ -61,7 +63,7 @@ def describe(model: nn.Module, positions: int) -> Spec:
             raise UnsupportedError(f"{path or name} has a forward of its own")
         if _is_of_peft(module) and _full_name(module) != "peft.tuners.lora.layer.Linear":
             raise UnsupportedError(f"{path} is a {_full_name(module)}; of adapters it knows LoRA's on linear layers")
-    return _Describer(model, positions).spec()
+    return _Describer(model, positions, device).spec()
 
 
 def _full_name(module: Any) -> str:
@@ -73,11 +75,13 @@ def _is_of_peft(module: Any) -> bool:
 
 
 class _Describer:
-    def __init__(self, model: Any, positions: int):
+    def __init__(self, model: Any, positions: int, device: str):
         self.model, self.positions, self.config = model, positions, model.config.get_text_config()
+        self.device = device
         self.half = model.dtype in (torch.bfloat16, torch.float16)
         self.cpp: ModuleType = load_generation()
         self.made: list[Tensor] = []
+        self.linears: dict[int, nn.Module] = {}
         self.heads = self.cpp.Heads()
         self.layers: list[Any] = []
 
@@ -94,7 +98,7 @@ class _Describer:
         out.heads, out.layers = self.heads, self.layers
         out.eager = self.config._attn_implementation == "eager"
         out.type = self.dtype(self.model.get_input_embeddings().weight)
-        return Spec(out, self.made)
+        return Spec(out, self.made, self.linears)
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
@@ -108,7 +112,7 @@ class _Describer:
         name = type(what).__name__
         if type(tensor) not in (nn.Parameter, Tensor) or tensor.layout != torch.strided:
             raise UnsupportedError(f"a {name} whose weight is a {type(tensor).__name__}")
-        if tensor.device.type != "cpu":
+        if tensor.device.type != self.device:
             raise UnsupportedError(f"weights on {tensor.device.type}")
         if tuple(tensor.shape) != shape:
             raise UnsupportedError(f"a {name} whose weight is {list(tensor.shape)}, not {list(shape)}")
@@ -118,9 +122,13 @@ class _Describer:
 
     def linear(self, module: Any) -> Any:
         """A linear layer, and the adapter that PEFT has put around it."""
-        adapter = None
-        if _is_of_peft(module):
-            adapter, module = self.adapter(module), module.get_base_layer()
+        is_adapted = _is_of_peft(module)
+        layer = module.get_base_layer() if is_adapted else module
+        described = self.matrix(layer, self.adapter(module) if is_adapted else None)
+        self.linears[layer.weight.data_ptr()] = module
+        return described
+
+    def matrix(self, module: Any, adapter: Any = None) -> Any:
         if type(module) is nn.Linear:
             transposed, shape = False, (module.out_features, module.in_features)
         elif type(module) is Conv1D:
@@ -151,7 +159,7 @@ class _Describer:
             raise UnsupportedError(
                 f"an adapter in {down.weight.dtype} beside weights in {module.get_base_layer().weight.dtype}"
             )
-        return self.cpp.Adapter(self.linear(down), self.linear(up), module.scaling[active[0]])
+        return self.cpp.Adapter(self.matrix(down), self.matrix(up), module.scaling[active[0]])
 
     def norm(self, module: Any, *, plus_one: bool = False) -> Any:
         """A LayerNorm (transformers' and torch's), or else an RMSNorm; `plus_one`: it multiplies by 1 + weight."""
@@ -187,7 +195,9 @@ class _Describer:
         if kind not in _ROPE_KINDS:
             raise UnsupportedError(f"rope_scaling {kind!r}, whose angles change with the length")
         with torch.no_grad():
-            tables = module(torch.zeros(1, dtype=self.model.dtype), torch.arange(self.positions)[None], *layer_type)
+            device = self.model.device
+            positions = torch.arange(self.positions, device=device)[None]
+            tables = module(torch.zeros(1, dtype=self.model.dtype, device=device), positions, *layer_type)
         half = tables[0].shape[-1] // 2
         cos, sin = ((table[0, :, ::2] if interleaved else table[0, :, :half]).float().contiguous() for table in tables)
         self.made += [cos, sin]

@@ -68,18 +68,20 @@ def runtime(build: Build) -> Path:
     return _library(f"cuda_on_cpu-{build.name}", sources, flags, (*build.runtime_link, "-ldl"), _headers(HERE))
 
 
-def kernels(build: Build, sources: Sequence[Path], include: Sequence[Path] = (KERNELS,)) -> Path:
+def kernels(
+    build: Build, sources: Sequence[Path], include: Sequence[Path] = (KERNELS,), flags: Sequence[str] = ()
+) -> Path:
     """A library of the .cu (or .cpp) files. `include` are the folders of headers that they may include.
 
     Raises CompileError with what the compiler said.
     """
     machine = runtime(build)
     folders = (HERE, *include)
-    flags = (*COMMON, "-O1", *build.kernel_flags, *(f"-I{folder}" for folder in folders))
+    told = (*COMMON, "-O1", *build.kernel_flags, *(f"-I{folder}" for folder in folders), *flags)
     link = (str(machine), f"-Wl,-rpath,{machine.parent}")
     name = f"{'-'.join(source.stem for source in sources)[:60]}-{build.name}"
     headers = [header for folder in folders for header in _headers(folder)]
-    return _library(name, sources, flags, link, headers)
+    return _library(name, sources, told, link, headers)
 
 
 class CompileError(Exception):

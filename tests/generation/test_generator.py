@@ -333,7 +333,7 @@ def test_wrong_requests_are_named() -> None:
         generator.generate(["hello"], params)
     with pytest.raises(ValueError, match="stop strings need a tokenizer"):
         generator.generate([[3]], SamplingParams(stop="x"))
-    with pytest.raises(ValueError, match="backend: 'auto', 'cpp' or 'transformers'"):
+    with pytest.raises(ValueError, match="backend: 'auto', 'cpp', 'cuda' or 'transformers'"):
         Generator(tiny_model("gpt2"), backend="vllm")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_batch_size"):
         Generator(tiny_model("gpt2"), max_batch_size=0)
