@@ -17,6 +17,8 @@ from tests.cuda import structures
 from tests.cuda_on_cpu.device import Device
 from tests.generation.test_cpp_sampler import FIELDS, Row
 
+INFINITY = torch.inf
+
 
 @dataclass
 class Drawn:
@@ -106,7 +108,7 @@ def test_the_cpu_s_tokens_and_log_probs(device: Device, fields: dict[str, Any]) 
         ]
         for position in (1, 2):
             logits = spread * torch.randn(rows, vocabulary, generator=generator)
-            logits[:, 3 : vocabulary // 4] = -torch.inf
+            logits[:, 3 : vocabulary // 4] = -INFINITY
             drawn = batch.draw(logits, position)
             tokens, logprobs, sampled = reference(logits, cpu, position)
             assert drawn.tokens.tolist() == tokens, (vocabulary, spread, position)
@@ -162,6 +164,18 @@ def test_the_inverse_of_the_cumulative_distribution_to_the_last_token(device: De
     assert drawn.tokens.tolist() == (numbers * vocabulary).floor().int().tolist()
 
 
+def test_what_falls_on_a_chunk_s_end_is_a_token_that_can_be_drawn(device: Device) -> None:
+    """A chunk's sum and that of its tokens round differently; each row's number lies where the first chunk ends."""
+    rows, head = 64, torch.randn(100, generator=torch.Generator().manual_seed(1))
+    logits = torch.full((rows, 257), -INFINITY)
+    logits[:, :100] = head
+    numbers = torch.from_numpy(uniforms(range(rows), [0] * rows, 0, 1)[:, 0])
+    logits[:, 256] = (head.double().logsumexp(0) + (1 - numbers).log() - numbers.log()).float()
+    drawn = Batch(device, 257, SamplingParams(), seeds=range(rows)).draw(logits, 0)
+    assert set(drawn.tokens.tolist()) == {99, 256}
+    assert drawn.logprobs.isfinite().all()
+
+
 def test_greedy_takes_the_lowest_of_equal_tokens(device: Device) -> None:
     logits = torch.zeros(1, 900)
     logits[0, [700, 400, 401]] = 2.0
@@ -169,9 +183,6 @@ def test_greedy_takes_the_lowest_of_equal_tokens(device: Device) -> None:
     assert drawn.tokens.tolist() == [400]
     assert drawn.logprobs.tolist() == drawn.sampled.tolist()
     assert float(drawn.logprobs) == pytest.approx(float(logits.log_softmax(-1)[0, 400]), abs=1e-6)
-
-
-INFINITY = torch.inf
 
 
 @pytest.mark.parametrize(
@@ -194,9 +205,9 @@ def test_ties_at_the_border_of_a_filter(
 @pytest.mark.parametrize("fields", [{}, {"temperature": 0}, {"top_p": 0.5}, {"top_k": 3}, {"repetition_penalty": 2.0}])
 def test_logits_that_are_no_distribution_give_nan(device: Device, fields: dict[str, Any]) -> None:
     logits = torch.zeros(8, 300)
-    for row, (place, wrong) in enumerate((place, wrong) for place in (0, 127, 299) for wrong in (torch.nan, torch.inf)):
+    for row, (place, wrong) in enumerate((place, wrong) for place in (0, 127, 299) for wrong in (torch.nan, INFINITY)):
         logits[row, place] = wrong
-    logits[6] = -torch.inf
+    logits[6] = -INFINITY
     drawn = Batch(device, 300, SamplingParams(**fields), seeds=range(8)).draw(logits, 0)
     assert drawn.logprobs.isnan().tolist() == [True] * 7 + [False]
     assert drawn.sampled.isnan().tolist() == [True] * 7 + [False]
