@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 
-.PHONY: install demo demo-smollm2 test test-slow test-sanitizers bench bench-peers soak lint clean
+.PHONY: install demo demo-smollm2 test test-slow test-sanitizers test-gpu bench bench-gpu bench-peers build-cuda-torch soak lint clean
 
 install: .venv/.demo
 
@@ -70,6 +70,25 @@ bench-peers: .venv-peers/.made
 	$(PYTHON) -m venv --clear .venv-peers
 	CMAKE_BUILD_PARALLEL_LEVEL=2 .venv-peers/bin/python -m pip install --quiet --no-compile \
 		--no-binary llama-cpp-python llama-cpp-python==0.3.36 ctranslate2==4.8.5
+	touch $@
+
+# On a machine with a CUDA GPU and nvcc, with the packages of $(PYTHON): torch, triton, transformers, pytest,
+# pytest-benchmark. No .venv, no DeepSpeed. Both end in eight minutes together; docs/gpu.md says what they do.
+test-gpu:
+	TRITON_INTERPRET=0 $(PYTHON) -m pytest --gpu -m "not sanitizers and not slow" tests/gpu tests/cuda
+
+bench-gpu:
+	TRITON_INTERPRET=0 $(PYTHON) -m pytest --benchmark-enable -s -m gpu --results bench/results/gpu \
+		bench/gpu/bench_machine.py bench/gpu/bench_ops.py bench/gpu/bench_decode.py
+
+# Against a CUDA build of torch, in an environment of its own (gigabytes): everything compiles and loads where no GPU is.
+build-cuda-torch: .venv-cuda/.made
+	.venv-cuda/bin/python -m rlhf_fast.cli build --cuda-arch 80,90,100
+	.venv-cuda/bin/python tests/load_without_gpu.py
+
+.venv-cuda/.made:
+	$(PYTHON) -m venv --clear .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet --no-compile torch==2.14.1 numpy pybind11 ninja pyyaml
 	touch $@
 
 clean:

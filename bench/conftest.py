@@ -40,6 +40,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         torch.backends.cpu.get_cpu_capability(),
         os.environ.get("THP_MEM_ALLOC_ENABLE", "not set"),
     )
+    if any(group.op == "machine" for group in groups):
+        where |= summary.gpu(groups, torch.cuda.get_device_name())
     terminalreporter.write_line("\n" + ", ".join(f"{key} {value}" for key, value in where.items()))
     folder = terminalreporter.config.getoption("--results")
     if folder is not None:

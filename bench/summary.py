@@ -98,14 +98,34 @@ def machine(threads: int, instruction_set: str, huge_pages: str) -> dict[str, An
         "instruction_set": instruction_set,
         "THP_MEM_ALLOC_ENABLE": huge_pages,
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
+        **{name: _version(name) for name in packages},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def gpu(groups: list[Group], name: str) -> dict[str, Any]:
+    """More of where the run was: the GPU, and what bench_machine.py measured of it."""
+    found: dict[str, Any] = {"gpu": name}
+    for group in groups:
+        if group.op == "machine" and group.floor is not None:
+            rate = group.rate(group.floor)
+            what = f"{rate:,.0f} GB/s" if rate else f"{short(1e3 * group.seconds[group.floor])} ms"
+            found[group.name.removeprefix("machine: ")] = what
+    return found
 
 
 def stem(where: dict[str, Any]) -> str:
     """A file name for the run: its date and its machine, and what was not as usual."""
     processor = re.sub(r"[^a-z0-9]+", "-", where["processor"].lower()).strip("-")
     pages = "-small-pages" if where["THP_MEM_ALLOC_ENABLE"] == "0" else ""
+    if "gpu" in where:
+        return f"{where['date']}-{re.sub(r'[^a-z0-9]+', '-', where['gpu'].lower()).strip('-')}"
     return f"{where['date']}-{processor}-{where['threads']}-threads{pages}"
 
 
