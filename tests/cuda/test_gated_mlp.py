@@ -95,6 +95,13 @@ def test_activations(device: Device, activation: Activation, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+def test_each_product_is_rounded(device: Device, dtype: torch.dtype) -> None:
+    """With nothing to approximate every bit is known."""
+    case = Case(device, 3, 1100, 40, dtype, bias=True)
+    assert torch.equal(case.run(Activation.RELU), case.expected(Activation.RELU))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 def test_places_in_memory(device: Device, dtype: torch.dtype) -> None:
     for fields in ({"offset": 4}, {"row_stride": 136}, {"row_stride": 141, "bias": True}):
         case = Case(device, 3, 128, 24, dtype, **fields)
