@@ -1,7 +1,7 @@
 // CUDA for a C++ compiler: with this header a .cu file compiles with g++ and its kernels run on the CPU.
 //
-// Each CUDA thread of a block is a fiber, a stack of its own that gives up the processor only where the thread waits for
-// others. Blocks run one after another. docs/cuda_on_cpu.md says what is found that way and what is not.
+// Each CUDA thread of a block is a fiber, a stack of its own that gives up the processor only where the thread waits
+// for others. Blocks run one after another. docs/cuda_on_cpu.md says what is found that way and what is not.
 //
 // This file is the language. What a kernel calls lies beside it, an idea a file; what
 // runs them (fibers, scheduler, barriers, memory, reports, checker) is a library, compiled once.

@@ -5,7 +5,7 @@
 
 namespace cuda_on_cpu {
 
-// The most dynamic shared memory of a block, as on sm_80 to sm_100 (163 KiB) and beyond (227 KiB).
+// The most dynamic shared memory of a block on sm_90 and sm_100; sm_80 has 163 KiB.
 constexpr size_t kMostSharedBytes = 227 << 10;
 
 struct Launch {

@@ -16,8 +16,8 @@ enum class HalfType { bfloat16, float16 };
 void mma_m16n8k16(HalfType type, float* d, const uint32_t* a, const uint32_t* b, Site site);
 
 // Four matrices of 8 rows of 16 bytes: lane 8 i + j names row j of matrix i, and gets bytes 4 (l % 4) to 4 (l % 4) + 3
-// of row l / 4 of each, l being the lane. With `transposed`, elements of two bytes: column l / 4, rows 2 (l % 4) and the
-// next.
+// of row l / 4 of each, l being the lane. With `transposed`, elements of two bytes: column l / 4, rows 2 (l % 4) and
+// the next.
 void load_matrix_x4(uint32_t* d, const void* row, bool transposed, Site site);
 
 }  // namespace cuda_on_cpu

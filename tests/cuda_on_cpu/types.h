@@ -1,4 +1,5 @@
-// CUDA's types and built-in variables: vectors, half-precision numbers as they are stored, and the few that the host code names.
+// CUDA's types and built-in variables: vectors, half-precision numbers as they are stored, and the few that the host
+// code names.
 #pragma once
 
 #include <cstddef>

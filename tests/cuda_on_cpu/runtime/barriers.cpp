@@ -7,6 +7,7 @@
 #include "../collectives.h"
 #include "checker.h"
 #include "machine.h"
+#include "sanitizers.h"
 
 namespace cuda_on_cpu {
 namespace {
@@ -77,7 +78,8 @@ unsigned checked_mask(const char* name, unsigned mask, Site site) {
   if (mask == ~0u) mask = warp.lanes;  // a full mask in a block's last warp means the lanes that it has
   const unsigned missing = mask & ~warp.lanes, finished = mask & warp.finished;
   if (!(mask >> self.lane() & 1)) {
-    fail("%s at %s: lane %d calls with mask %08x, which does not name it", name, where(site).c_str(), self.lane(), mask);
+    fail("%s at %s: lane %d calls with mask %08x, which does not name it", name, where(site).c_str(), self.lane(),
+         mask);
   }
   if (missing) {
     fail("%s at %s: mask %08x names lanes %08x, which the block does not have", name, where(site).c_str(), mask,

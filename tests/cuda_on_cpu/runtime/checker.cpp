@@ -39,7 +39,8 @@ Place place_of(const void* address) {
 std::string text_of(const Place& place, const void* address) {
   const ptrdiff_t offset = static_cast<const char*>(address) - place.region.begin;
   if (!place.region.begin) return place.name;
-  return std::string(place.name) + " (" + std::to_string(place.region.bytes) + " bytes), offset " + std::to_string(offset);
+  const std::string size = std::to_string(place.region.bytes);
+  return std::string(place.name) + " (" + size + " bytes), offset " + std::to_string(offset);
 }
 
 const char* verb(Access access) {
@@ -60,8 +61,8 @@ std::string who_of(const Record& record) {
 
 [[noreturn]] void report_race(const Place& place, const void* address, Access access, const void* caller,
                               const char* before, const Record& record) {
-  fail("race on %s: %s at %s; %s by %s at %s, and nothing orders the two", text_of(place, address).c_str(), verb(access),
-       where(caller).c_str(), before, who_of(record).c_str(), where(record.caller).c_str());
+  fail("race on %s: %s at %s; %s by %s at %s, and nothing orders the two", text_of(place, address).c_str(),
+       verb(access), where(caller).c_str(), before, who_of(record).c_str(), where(record.caller).c_str());
 }
 
 void check_bounds(const Place& place, const void* address, int bytes, Access access, const void* caller) {

@@ -27,11 +27,4 @@ inline void checker_orders_lanes(unsigned) {}
 inline void checker_fences() {}
 #endif
 
-// What AddressSanitizer has found since the last call becomes the report.
-#if defined(CUDA_ON_CPU_ASAN)
-void check_sanitizers();
-#else
-inline void check_sanitizers() {}
-#endif
-
 }  // namespace cuda_on_cpu

@@ -52,14 +52,16 @@ char* make_stacks() {
     perror("cuda_on_cpu: no memory for the stacks of a block's threads");
     abort();
   }
-  for (int i = 0; i < kMostFibers; ++i) mprotect(static_cast<char*>(memory) + kStride * size_t(i), kGuardBytes, PROT_NONE);
+  for (int i = 0; i < kMostFibers; ++i) {
+    mprotect(static_cast<char*>(memory) + kStride * size_t(i), kGuardBytes, PROT_NONE);
+  }
   return static_cast<char*>(memory);
 }
 
 char* const stacks = make_stacks();
 Fiber launcher;
 
-// AddressSanitizer has to know which stack is in use. The launcher's bounds are what the first switch away from it says.
+// AddressSanitizer has to know which stack is in use. The first switch away from the launcher's says its bounds.
 #if defined(CUDA_ON_CPU_ASAN)
 const void* launcher_bottom = nullptr;
 size_t launcher_bytes = 0;

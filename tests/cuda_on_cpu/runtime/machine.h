@@ -70,6 +70,7 @@ struct Machine {
   bool running = false;  // a kernel's code is
   const void* last_access = nullptr;  // that the checker has seen
   std::string report;    // the first thing that went wrong
+  bool report_told = false;  // to cudaGetLastError
 
   // The block
   Thread threads[kMostThreads];

@@ -74,7 +74,8 @@ void forget(Region region) {
 // The first byte that is no longer what forget() left, or null.
 char* changed(char* begin, char* end) {
   if (begin == end) return nullptr;
-  if (static_cast<unsigned char>(*begin) == kPoison && memcmp(begin, begin + 1, size_t(end - begin) - 1) == 0) return nullptr;
+  const bool all_alike = memcmp(begin, begin + 1, size_t(end - begin) - 1) == 0;
+  if (static_cast<unsigned char>(*begin) == kPoison && all_alike) return nullptr;
   while (static_cast<unsigned char>(*begin) == kPoison) ++begin;
   return begin;
 }
@@ -179,7 +180,9 @@ void check_buffers() {
 #endif
 }
 
-void check_aligned16(const void* address, const char* what) { check_aligned16(address, what, __builtin_return_address(0)); }
+void check_aligned16(const void* address, const char* what) {
+  check_aligned16(address, what, __builtin_return_address(0));
+}
 
 void check_aligned16(const void* address, const char* what, const void* caller) {
   if (reinterpret_cast<uintptr_t>(address) % 16 == 0) return;

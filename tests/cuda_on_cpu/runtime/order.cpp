@@ -38,7 +38,9 @@ void Order::warp_barrier(unsigned lanes) {
   uint32_t joined[kWarpThreads] = {};
   for (int lane = 0; lane < kWarpThreads; ++lane) {
     if (!(lanes >> lane & 1)) continue;
-    for (int other = 0; other < kWarpThreads; ++other) joined[other] = std::max(joined[other], clocks.seen[lane][other]);
+    for (int other = 0; other < kWarpThreads; ++other) {
+      joined[other] = std::max(joined[other], clocks.seen[lane][other]);
+    }
   }
   for (int lane = 0; lane < kWarpThreads; ++lane) {
     if (!(lanes >> lane & 1)) continue;

@@ -14,7 +14,9 @@ void cuda_on_cpu_set_most_milliseconds(int time) { machine.most_milliseconds = t
 
 const char* cuda_on_cpu_take_report() { return take_report(); }
 
-void* cuda_on_cpu_allocate(size_t bytes, size_t offset, int unwritten) { return allocate(bytes, offset, unwritten != 0); }
+void* cuda_on_cpu_allocate(size_t bytes, size_t offset, int unwritten) {
+  return allocate(bytes, offset, unwritten != 0);
+}
 
 void cuda_on_cpu_release(void* data) { release(data); }
 

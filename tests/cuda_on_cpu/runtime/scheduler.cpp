@@ -6,6 +6,7 @@
 #include "checker.h"
 #include "machine.h"
 #include "memory.h"
+#include "sanitizers.h"
 #include "signals.h"
 
 uint3 threadIdx, blockIdx;
@@ -163,6 +164,7 @@ void run(const Launch& launch) {
     machine.current = nullptr;
     check_buffers();
     if (!machine.report.empty()) clean_stacks();
+    forget_sanitizers();
   }
   machine.launch = nullptr;
 }

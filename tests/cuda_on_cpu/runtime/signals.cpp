@@ -57,8 +57,8 @@ void report_fault() {
   const std::string at = where(caught.instruction);
   if (caught.signal == SIGVTALRM) {
     const std::string last = machine.last_access ? where(machine.last_access) : at;
-    refuse("still runs after %g s, at %s: a loop without end, or a block that waits for another", machine.most_milliseconds * 1e-3,
-           last.c_str());
+    refuse("still runs after %g s, at %s: a loop without end, or a block that waits for another",
+           machine.most_milliseconds * 1e-3, last.c_str());
   } else if (caught.signal == SIGILL) {
     refuse("undefined behaviour at %s: an index beyond its array, a misaligned access, or a bad shift or conversion",
            at.c_str());
