@@ -98,12 +98,13 @@ __device__ __forceinline__ void prepare(const Norm& norm, const Rotary& rotary, 
   }
 }
 
-// Block (token, some of its heads: queries first, then keys, then values). A warp works for itself.
+// Block (token, some of its heads: queries first, then keys, then values). A warp works for itself. Eight blocks an SM:
+// for more of them ptxas would keep to 40 registers and spill on sm_100.
 template <typename T, bool kAligned>
-__global__ __launch_bounds__(kWarps* kWarp) void rope_append_kernel(PagedCache cache, int64_t layer, Heads heads,
-                                                                    Norm query_norm, Norm key_norm, Rotary rotary,
-                                                                    float query_scale, Tokens tokens, T* projected,
-                                                                    int64_t row) {
+__global__ __launch_bounds__(kWarps* kWarp, 8) void rope_append_kernel(PagedCache cache, int64_t layer, Heads heads,
+                                                                       Norm query_norm, Norm key_norm, Rotary rotary,
+                                                                       float query_scale, Tokens tokens, T* projected,
+                                                                       int64_t row) {
   DYNAMIC_SHARED(float, shared);
   const int64_t warp = threadIdx.x / kWarp, token = blockIdx.x, number = int64_t(blockIdx.y) * kWarps + warp;
   const int64_t queries = heads.query_heads, others = heads.key_value_heads, size = heads.size;
