@@ -42,7 +42,7 @@ def main(config_file: Path, folder: Path, stages: list[int]) -> None:
         trainer.train()
         with trainer.models.policy.gathered():
             weights = [parameter.detach().clone() for parameter in trainer.models.causal_lm.parameters()]
-        prompts = gather_objects(seen, world)
+        prompts = sorted(prompt for of_rank in gather_objects(seen, world) for prompt in of_rank)
         if world.is_main:
             torch.save({"weights": weights, "prompts": prompts}, folder / f"stage-{stage}.pt")
 
