@@ -141,6 +141,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(run=_bench)
 
+    plan = commands.add_parser("plan", help="memory, traffic and time of PPO on GPUs that are not here, on paper")
+    plan.add_argument("--model-size", required=True, metavar="SIZE", help="135m, 1b, 3b, 8b, 14b, 32b, 70b or 405b")
+    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="of all nodes together")
+    plan.add_argument("--gpu", default="h100", metavar="KIND", help="a100-40gb, a100-80gb, h100, h200, b200 or l40s")
+    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="PPO's fields: batch_size=512 dtype=bfloat16")
+    plan.set_defaults(run=_plan)
+
     doctor = commands.add_parser("doctor", help="say what is there, what is missing and what to do")
     doctor.set_defaults(run=_doctor)
 
@@ -293,6 +301,13 @@ def _bench(args: argparse.Namespace) -> int:
         *(x for x in args.pytest_arguments if x != "--"),
     ]
     return subprocess.call(command, cwd=folder.parent)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from rlhf_fast.scaling import plan_report
+
+    print(plan_report(args.model_size, args.gpus, args.gpu, args.gpus_per_node, args.overrides))
+    return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:

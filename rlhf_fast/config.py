@@ -54,7 +54,9 @@ class TrainerConfig:
     # Engine
     dtype: Dtype = "float32"
     zero_stage: Literal[0, 1, 2, 3] = 0
-    offload_optimizer: bool = False  # optimiser state and step on the CPU
+    offload_optimizer: bool = False  # optimiser state and step on the CPU; needs zero_stage 1, 2 or 3
+    offload_param: bool = False  # weights in the CPU's memory, fetched layer by layer; needs zero_stage 3
+    nvme_path: str | None = None  # a folder on a fast disk for what is offloaded, instead of memory; needs zero_stage 3
     ops_backend: Literal["auto", "reference"] = "auto"  # auto: kernels where there are any; reference: plain PyTorch
 
     # The run
@@ -64,6 +66,7 @@ class TrainerConfig:
     save_total_limit: int = 2  # checkpoints kept, besides the best one
     on_save_error: Literal["error", "continue"] = "error"  # continue: train on without the checkpoint; one process only
     max_nonfinite_steps: int = 3  # steps in a row dropped for NaN, infinity or a spike before the run stops
+    rank_timeout: float = 600.0  # seconds that other ranks wait for one before it is named, with its phase, on stderr
     report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
     run_name: str | None = None  # in wandb and the report; default: the name of output_dir
 
@@ -105,6 +108,8 @@ class PPOConfig(TrainerConfig):
     value_model: Literal["separate", "shared"] = "separate"  # a model of its own, or a head on the policy's trunk
     value_model_path: str | None = None  # a reward model's folder is a good start
     value_learning_rate: float | None = None  # None: learning_rate
+    value_zero_stage: Literal[0, 1, 2, 3] | None = None  # of a separate value model; None: zero_stage
+    ref_zero_stage: Literal[0, 3] | None = None  # 3: each rank holds a part of its weights; None: 3 with zero_stage 3
 
     # Rollout: batch_size completions a step, num_generations for each prompt
     num_generations: int = 1

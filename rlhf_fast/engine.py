@@ -59,6 +59,7 @@ TAG = "state"  # DeepSpeed's folder inside the one that save() is given
 LAYOUT = "engine.json"  # what the files in it belong to
 OLDEST = "0.19.8"  # those before let NaN through, or sum half-precision gradients in half precision: our tests fail
 MAX_BUCKET = 200_000_000  # elements reduced or gathered at once
+PERSISTENT = 100_000  # elements up to which a weight stays whole on every rank under ZeRO-3: fetching it costs more
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Engine:
         config: dtype, zero_stage, offload_optimizer, max_grad_norm and the optimiser's fields.
         world: from init_distributed().
         total_steps: optimiser steps of the whole run, for the schedule. Warm-up takes floor(warmup_ratio * total).
-        learning_rate: instead of the config's.
+        learning_rate, zero_stage: instead of the config's.
     Raises:
         ConfigError: DeepSpeed is not installed, or the dtype or offloading cannot work here.
     """
@@ -92,16 +93,18 @@ class Engine:
         world: World,
         total_steps: int,
         learning_rate: float | None = None,
+        zero_stage: int | None = None,
     ) -> None:
-        if config.offload_optimizer and config.zero_stage == 0:
+        stage = config.zero_stage if zero_stage is None else zero_stage
+        if config.offload_optimizer and stage == 0:
             raise ConfigError("offload_optimizer: needs zero_stage 1, 2 or 3")
-        if config.dtype == "float64" and (config.zero_stage > 0 or world.world_size > 1):
+        if config.dtype == "float64" and (stage > 0 or world.world_size > 1):
             raise ConfigError("dtype: float64 needs zero_stage 0 and a single process; DeepSpeed has no more for it")
         self._deepspeed = _import_deepspeed(world)
         self._world = world
         self._max_grad_norm = config.max_grad_norm
         self._skip_grad_norm = config.skip_grad_norm
-        self._stage = max(config.zero_stage, 0 if config.dtype in ("float32", "float64") else 1)
+        self._stage = max(stage, 0 if config.dtype in ("float32", "float64") else 1)
         self._offloaded = config.offload_optimizer and world.device.type != "cpu"
         self._layout = {"dtype": config.dtype, "zero_stage": self._stage, "world_size": world.world_size}
         module.train()  # gradient checkpointing acts in this mode only; models/loading.py has set all dropout to 0
@@ -151,8 +154,12 @@ class Engine:
     def _deepspeed_config(self, config: TrainerConfig) -> dict[str, Any]:
         bucket = 2 * math.ceil(min(sum(p.numel() for p in self._trained), MAX_BUCKET) / 2)
         zero: dict[str, Any] = {"stage": self._stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+        if self._stage == 3:
+            zero["stage3_param_persistence_threshold"] = PERSISTENT
         if self._offloaded:
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+            zero["offload_optimizer"] = _offload_to(config)
+        if config.offload_param and self._world.device.type != "cpu":
+            zero["offload_param"] = _offload_to(config)
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -348,6 +355,32 @@ def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             state.pop(prefix + name, None)
+
+
+def _offload_to(config: TrainerConfig) -> dict[str, Any]:
+    if config.nvme_path is None:
+        return {"device": "cpu", "pin_memory": True}
+    return {"device": "nvme", "nvme_path": config.nvme_path, "pin_memory": True}
+
+
+def partition_frozen(module: nn.Module, *, config: TrainerConfig, world: World) -> nn.Module:
+    """A model that is only asked, under ZeRO-3: each rank keeps a part of its weights (in the host's memory or on disk
+    where config.offload_param says so) and has a layer's whole while that runs. All ranks call its forward alike."""
+    zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": PERSISTENT}
+    if config.offload_param and world.device.type != "cpu":
+        zero["offload_param"] = _offload_to(config)
+    engine, *_ = _import_deepspeed(world).initialize(
+        model=module,
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "steps_per_print": sys.maxsize,
+            "zero_optimization": zero,
+            "bf16": {"enabled": config.dtype == "bfloat16"},
+            "fp16": {"enabled": config.dtype == "float16"},
+        },
+    )
+    engine.eval()
+    return engine
 
 
 def _import_deepspeed(world: World) -> ModuleType:

@@ -82,7 +82,8 @@ class Plan:
         ]
         sums = f"{'all, on one rank':<24}{'':>44}{_gb(self.total):>11}   ({_gb(self.available)} free)"
         tokens = [f"{name}: {count:,}" for name, count in self.tokens.items()]
-        return "\n".join(["memory", head, *rows, sums, "", "tokens of a step, at most", *tokens])
+        tokens = ["", "tokens of a step, at most", *tokens] if tokens else []
+        return "\n".join(["memory", head, *rows, sums, *tokens])
 
 
 def memory_plan(config: TrainerConfig, *, world_size: int | None = None) -> Plan:
@@ -93,31 +94,14 @@ def memory_plan(config: TrainerConfig, *, world_size: int | None = None) -> Plan
     code = config.trust_remote_code
     shape = _shape(config.model_name_or_path, config)
     lines = [Line("program", other=OVERHEAD)]
-    rows = max(1, config.batch_size // ranks)
     micro = config.micro_batch_tokens
     if isinstance(config, PPOConfig):
-        lines.append(_trained("policy", shape, config, ranks))
-        if config.value_model == "separate":
-            critic = _shape(config.value_model_path or config.model_name_or_path, config)
-            lines.append(_trained("value model", critic, config, ranks))
-        if config.kl_coef and not (config.use_peft and config.ref_model_path is None):
-            reference = _shape(config.ref_model_path or config.model_name_or_path, replace(config, use_peft=False))
-            lines.append(Line("reference", weights=reference.parameters * BYTES[config.dtype]))
+        reference = _shape(config.ref_model_path or config.model_name_or_path, replace(config, use_peft=False))
+        critic = _shape(config.value_model_path or config.model_name_or_path, config)
+        lines += ppo_lines(shape, config, ranks, critic=critic, reference=reference)
         for name in _reward_folders(config.reward):
-            lines.append(
-                Line(
-                    f"reward {Path(name).name}",
-                    weights=4 * _parameters(_without_weights(name, "SequenceClassification", code)),
-                )
-            )
-        decoded = min(rows, config.rollout_batch_size)
-        length = config.max_prompt_length + config.max_new_tokens
-        cache = 2 * shape.layers * shape.kv_width * decoded * length * BYTES[config.dtype]
-        # The decoder's cache is freed before training: the larger of the two counts.
-        trained = _activations(shape, config, micro, head_tokens=min(micro, rows * config.max_new_tokens))
-        if config.value_model == "separate":  # its forward comes after the policy's backward
-            trained = max(trained, _activations(critic, config, micro, head_tokens=0))
-        lines.append(Line("KV cache or activations", other=max(cache, trained)))
+            classifier = _without_weights(name, "SequenceClassification", code)
+            lines.append(Line(f"reward {Path(name).name}", weights=4 * _parameters(classifier)))
         tokens = {
             "prompts": config.batch_size // config.num_generations * config.max_prompt_length,
             "new": config.batch_size * config.max_new_tokens,
@@ -125,7 +109,7 @@ def memory_plan(config: TrainerConfig, *, world_size: int | None = None) -> Plan
             "optimiser steps": config.num_ppo_epochs * config.num_mini_batches,
         }
     else:
-        lines.append(_trained("model", shape, config, ranks))
+        lines.append(_trained("model", shape, config, ranks, torch.cuda.is_available()))
         head_tokens = 0 if isinstance(config, RewardConfig) else micro
         lines.append(Line("activations", other=_activations(shape, config, micro, head_tokens=head_tokens)))
         sequences = 2 if isinstance(config, RewardConfig) else 1
@@ -134,18 +118,52 @@ def memory_plan(config: TrainerConfig, *, world_size: int | None = None) -> Plan
     return Plan(lines, tokens, _available())
 
 
-def _trained(name: str, shape: Shape, config: TrainerConfig, ranks: int) -> Line:
+def ppo_lines(
+    policy: Shape,
+    config: PPOConfig,
+    ranks: int,
+    *,
+    critic: Shape | None = None,
+    reference: Shape | None = None,
+    on_gpu: bool | None = None,
+) -> list[Line]:
+    """PPO's own models and buffers on one rank. critic, reference: shapes, where they are not the policy's. on_gpu:
+    what is offloaded leaves the memory that is counted; None: if there is a GPU."""
+    critic, reference = critic or policy, reference or policy
+    on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
+    width, micro = BYTES[config.dtype], config.micro_batch_tokens
+    lines = [_trained("policy", policy, config, ranks, on_gpu)]
+    if config.value_model == "separate":
+        stage = config.value_zero_stage
+        of_critic = config if stage is None else replace(config, zero_stage=stage)
+        lines.append(_trained("value model", critic, of_critic, ranks, on_gpu))
+    if config.kl_coef and not (config.use_peft and config.ref_model_path is None):
+        in_parts = (config.zero_stage if config.ref_zero_stage is None else config.ref_zero_stage) == 3
+        kept = 0 if in_parts and config.offload_param and on_gpu else reference.parameters * width
+        lines.append(Line("reference", weights=kept / (ranks if in_parts else 1)))
+    rows = max(1, config.batch_size // ranks)
+    length = config.max_prompt_length + config.max_new_tokens
+    cache = 2 * policy.layers * policy.kv_width * min(rows, config.rollout_batch_size) * length * width
+    gathered = policy.parameters * width * (1 - 1 / ranks) if config.zero_stage == 3 else 0
+    trained = _activations(policy, config, micro, head_tokens=min(micro, rows * config.max_new_tokens))
+    if config.value_model == "separate":  # its forward comes after the policy's backward
+        trained = max(trained, _activations(critic, config, micro, head_tokens=0))
+    # The decoder's cache, and the weights gathered for it, are freed before training: the larger of the two counts.
+    return [*lines, Line("rollout or activations", other=max(cache + gathered, trained))]
+
+
+def _trained(name: str, shape: Shape, config: TrainerConfig, ranks: int, on_gpu: bool) -> Line:
     """Weights, gradients and AdamW's two moments; half precision adds fp32 master weights and gradients. ZeRO
     (Rajbhandari et al. 2020) splits the optimiser from stage 1, gradients from 2, weights from 3."""
     half = config.dtype in ("bfloat16", "float16")
-    offloaded = config.offload_optimizer and torch.cuda.is_available()  # into the host's memory, not the GPU's
     width, n = BYTES[config.dtype], shape.trained
-    split = [ranks if config.zero_stage >= stage else 1 for stage in (1, 2, 3)]
+    stage = max(config.zero_stage, 1 if half else 0)  # the engine's own rule
+    split = [ranks if stage >= at else 1 for at in (1, 2, 3)]
     return Line(
         name,
-        weights=shape.parameters * width / split[2],
+        weights=0 if config.offload_param and on_gpu else shape.parameters * width / split[2],
         gradients=n * (width + 4 if half else width) / split[1],
-        optimizer=0 if offloaded else n * (12 if half else 2 * width) / split[0],
+        optimizer=0 if config.offload_optimizer and on_gpu else n * (12 if half else 2 * width) / split[0],
     )
 
 

@@ -18,9 +18,20 @@ OPS = sorted(name for name in ops.__all__ if inspect.isfunction(getattr(ops, nam
 # A module imports from its own line and those below. A new one has to find its place here.
 LAYERS = [
     {"cli", "chat"},
-    {"trainers", "doctor", "plan"},
+    {"trainers", "doctor", "scaling", "plan"},
     {"config_loading", "report"},
-    {"algorithms", "checkpoint", "data", "distributed", "engine", "generation", "models", "rewards", "tracking"},
+    {
+        "algorithms",
+        "checkpoint",
+        "data",
+        "distributed",
+        "engine",
+        "generation",
+        "models",
+        "rewards",
+        "tracking",
+        "watchdog",
+    },
     {"ops"},
     {"build", "build_cuda", "csrc", "kernels"},
     {"config", "errors"},

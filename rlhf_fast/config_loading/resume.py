@@ -31,6 +31,7 @@ MAY_CHANGE: dict[str, str] = {
     "skip_grad_norm": "",
     "on_bad_reward": "",
     "report_to": "",
+    "rank_timeout": "",
     "run_name": "",
     "trust_remote_code": "",
     "reward_timeout": "",
@@ -42,6 +43,7 @@ MAY_CHANGE: dict[str, str] = {
     "rollout_backend": NOT_BIT_FOR_BIT,
     "gradient_checkpointing": NOT_BIT_FOR_BIT,
     "ops_backend": NOT_BIT_FOR_BIT,
+    "ref_zero_stage": NOT_BIT_FOR_BIT,
 }
 
 OTHER_DATA = "the checkpoint's place in the data would be another"
@@ -61,7 +63,7 @@ MAY_NOT_CHANGE: dict[str, str] = {
             """model_name_or_path ref_model_path value_model value_model_path use_peft lora_r lora_alpha lora_dropout
             lora_target_modules use_rslora""",
         ),
-        (OTHER_LAYOUT, "dtype zero_stage offload_optimizer"),
+        (OTHER_LAYOUT, "dtype zero_stage value_zero_stage offload_optimizer offload_param nvme_path"),
         (
             OTHER_METHOD,
             """learning_rate lr_scheduler_type warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon

@@ -56,6 +56,7 @@ RANGES: dict[type[TrainerConfig], dict[str, Range]] = {
         "save_steps": AT_LEAST_1,
         "save_total_limit": AT_LEAST_1,
         "max_nonfinite_steps": AT_LEAST_1,
+        "rank_timeout": POSITIVE,
     },
     RewardConfig: {"center_rewards_coefficient": AT_LEAST_0},
     PPOConfig: {
@@ -202,6 +203,13 @@ def _common(c: TrainerConfig) -> Iterator[tuple[str, str]]:
         )
     if c.lora_target_modules is not None and not c.lora_target_modules:
         yield "lora_target_modules", f"is empty ({c.lora_target_modules!r}): name some layers, or null for the usual."
+    if c.offload_param and c.zero_stage != 3:
+        yield (
+            "offload_param",
+            "weights are split, and can be fetched layer by layer, in ZeRO-3 only: set zero_stage to 3.",
+        )
+    if c.nvme_path is not None and (c.zero_stage != 3 or not (c.offload_optimizer or c.offload_param)):
+        yield "nvme_path", "nothing goes there without zero_stage 3 and offload_optimizer or offload_param."
     if isinstance(c, SFTConfig) and c.packing and c.micro_batch_tokens < c.max_length:
         yield (
             "packing",
@@ -244,9 +252,13 @@ def _ppo(c: PPOConfig) -> Iterator[tuple[str, str]]:
     if c.kl_target is not None and c.kl_coef == 0:
         yield "kl_target", "needs kl_coef above 0 to start from; with 0 there is no reference model."
     if c.value_model == "shared":
-        for name in ("value_model_path", "value_learning_rate"):
+        for name in ("value_model_path", "value_learning_rate", "value_zero_stage"):
             if getattr(c, name) is not None:
                 yield name, "a shared value head has no model and no optimizer of its own: leave it null."
+    if c.value_zero_stage is not None:
+        for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
+            if getattr(c, name) and c.value_zero_stage < lowest:
+                yield "value_zero_stage", f"{name} needs at least {lowest} for the value model too."
     if c.semantics == "dschat":
         yield from _dschat(c)
 

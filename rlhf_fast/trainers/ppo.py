@@ -111,6 +111,7 @@ class PPOTrainer:
                 if scored is None:
                     run.drop("the reward failed", "Mend the reward")
                     continue
+            with run.timer("score"):  # a phase of its own: here the ranks meet
                 experience = self.experience(scored)
             with run.timer("train"):
                 self.update(experience, step)

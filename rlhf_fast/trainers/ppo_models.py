@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast import ops
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.distributed import World
-from rlhf_fast.engine import Engine
+from rlhf_fast.engine import Engine, partition_frozen
 from rlhf_fast.generation import Rollout
 from rlhf_fast.models import (
     PolicyModel,
@@ -53,7 +53,7 @@ class PPOModels:
         else:
             self.policy_module = PolicyModel(self.causal_lm)
             self.critic_module = self._load_critic(tokenizer)
-        self.reference: PolicyModel | None = None
+        self.reference: nn.Module | None = None
         self.reference_is_policy = config.use_peft and bool(config.kl_coef) and config.ref_model_path is None
         if config.kl_coef and not self.reference_is_policy:
             reference = load_causal_lm(config.ref_model_path or path, dtype=config.dtype, trust_remote_code=code)
@@ -78,8 +78,11 @@ class PPOModels:
                 check_positions(model, longest, "shorten prompts or lower max_new_tokens")
 
     def make_engines(self, total_steps: int) -> dict[str, Engine]:
-        """Hand the trained models to DeepSpeed; total_steps: optimiser steps of the whole run."""
+        """Hand the models to DeepSpeed, each with its ZeRO stage; total_steps: optimiser steps of the whole run."""
         config = self.config
+        in_parts = config.zero_stage == 3 if config.ref_zero_stage is None else config.ref_zero_stage == 3
+        if self.reference is not None and in_parts:
+            self.reference = partition_frozen(self.reference, config=config, world=self.world)
         self.policy = Engine(self.policy_module, config=config, world=self.world, total_steps=total_steps)
         self.critic: Engine | None = None
         if self.critic_module is None:
@@ -90,6 +93,7 @@ class PPOModels:
             world=self.world,
             total_steps=total_steps,
             learning_rate=config.value_learning_rate,
+            zero_stage=config.value_zero_stage,
         )
         return {"policy": self.policy, "critic": self.critic}
 

@@ -29,6 +29,7 @@ from rlhf_fast.errors import CheckpointError, NonFiniteError
 from rlhf_fast.report import summary_table, write_report
 from rlhf_fast.tracking import MetricsLogger, PhaseTimer, Progress, SampleLog, peak_memory_gb
 from rlhf_fast.trainers.run_folder import mark_finished, release_run_folder
+from rlhf_fast.watchdog import Watchdog
 
 Metrics = dict[str, float]
 
@@ -74,7 +75,8 @@ class Run:
         self.nonfinite_steps = 0
         if checkpoint is not None:
             self._load(checkpoint)
-        self.timer = PhaseTimer(world.device)
+        self.watchdog = Watchdog(world, patience=config.rank_timeout)
+        self.timer = PhaseTimer(world.device, entered=lambda phase: self.watchdog.enter(phase, self.step))
         self._row: Metrics = {}
         self._metrics: MetricsLogger | None = None  # the main rank's alone
         self._samples: SampleLog | None = None
@@ -107,6 +109,7 @@ class Run:
                 self._export()
                 exported = True
         finally:
+            self.watchdog.close()
             progress.close()
             self._close_logs()
             if self.world.is_main:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import rlhf_fast.engine
 from rlhf_fast.config import SFTConfig
 from rlhf_fast.engine import Engine, World, init_distributed
 from rlhf_fast.models import PolicyModel, ScalarModel, SharedModel, head, set_gradient_checkpointing
@@ -57,6 +58,8 @@ def check(make: Callable[[], nn.Module], world: World, *, checkpointing: bool, l
         set_gradient_checkpointing(model, checkpointing)
     config = SFTConfig(model_name_or_path="-", train_data="-", zero_stage=3, learning_rate=0.0, max_grad_norm=0.0)
     engine = Engine(trained, config=config, world=world, total_steps=2)
+    if world.world_size > 1:
+        check_memory(engine, plain)
     for step in range(2):
         batch = torch.randint(2, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(step))
         wanted = [outputs(plain, row[None], plain) for row in batch]
@@ -71,7 +74,22 @@ def check(make: Callable[[], nn.Module], world: World, *, checkpointing: bool, l
         torch.testing.assert_close(engine.step().grad_norm, float(norm), rtol=1e-5, atol=0)
 
 
+def check_memory(engine: Engine, plain: nn.Module) -> None:
+    """Whole weights while they are gathered, and none of them afterwards."""
+    assert held(engine) == 0
+    with engine.gathered():
+        for mine, theirs in zip(engine.module.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+    assert held(engine) == 0
+
+
+def held(engine: Engine) -> int:
+    """Bytes behind the parameters on this rank, besides its own part."""
+    return sum(p.untyped_storage().nbytes() for p in engine.module.parameters())
+
+
 if __name__ == "__main__":
+    rlhf_fast.engine.PERSISTENT = 0  # else all of these small weights stay whole, and nothing is tried
     ranks = init_distributed("cpu")
     check(tied, ranks, checkpointing=True, logits_bytes=0)
     check(shared, ranks, checkpointing=False, logits_bytes=2**30)

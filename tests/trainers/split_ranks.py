@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+import rlhf_fast.engine
 from rlhf_fast import PPOConfig, PPOTrainer
 from rlhf_fast.distributed import gather_objects, init_distributed
 
@@ -48,4 +49,5 @@ def main(config_file: Path, folder: Path, stages: list[int]) -> None:
 
 
 if __name__ == "__main__":
+    rlhf_fast.engine.PERSISTENT = 0  # ZeRO-3 would keep all of these small weights whole
     main(Path(sys.argv[1]), Path(sys.argv[2]), [int(stage) for stage in sys.argv[3:]])

@@ -1,0 +1,114 @@
+"""The cost model behind `rlhf-fast plan`, and the recipes for sizes that no test can run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_fast.cli import main
+from rlhf_fast.config import PPOConfig
+from rlhf_fast.config_loading import check_config, load_config
+from rlhf_fast.errors import ConfigError
+from rlhf_fast.scaling import MACHINES, SIZES, memory, plan_report, step_cost
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "scale"
+
+
+@pytest.mark.parametrize(
+    ("size", "published"),
+    [("135m", 0.1345), ("1b", 1.236), ("3b", 3.21), ("8b", 8.03), ("14b", 14.77), ("32b", 32.76), ("70b", 70.55)],
+)
+def test_sizes_are_those_of_published_models(size: str, published: float) -> None:
+    assert SIZES[size].parameters / 1e9 == pytest.approx(published, rel=3e-3)
+
+
+def test_parameters_are_transformers_own() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=49_152,
+                hidden_size=576,
+                intermediate_size=1536,
+                num_hidden_layers=30,
+                num_attention_heads=9,
+                num_key_value_heads=3,
+                tie_word_embeddings=True,
+            )
+        )
+    assert sum(p.numel() for p in model.parameters()) == SIZES["135m"].parameters
+
+
+# What each recipe's comment promises: the model's size and the number of GPUs of 80 GB.
+PROMISED = {
+    "one_gpu": ("1b", 1),
+    "one_node_zero2": ("3b", 8),
+    "one_node_zero3_offload": ("14b", 8),
+    "two_nodes": ("8b", 16),
+}
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_recipes_hold_what_they_promise(recipe: str) -> None:
+    config = load_config(PPOConfig, RECIPES / f"{recipe}.yaml")
+    check_config(config)
+    size, gpus = PROMISED[recipe]
+    assert memory(SIZES[size], config, MACHINES["h100"], gpus).total < 0.9 * MACHINES["h100"].memory
+    assert (config.batch_size // config.num_generations) % gpus == 0
+
+
+def test_memory_falls_from_stage_to_stage() -> None:
+    def total(stage: int, gpus: int, **fields: object) -> float:
+        config = PPOConfig(model_name_or_path="-", train_data="-", dtype="bfloat16", zero_stage=stage, **fields)
+        return memory(SIZES["8b"], config, MACHINES["h100"], gpus).total
+
+    # 20 bytes a weight and trained model, 2 for the reference: weights 2, gradients 2 + 4, moments and master 12.
+    parameters = SIZES["8b"].parameters
+    assert total(1, 8) - total(2, 8) == pytest.approx(2 * 6 * parameters * 7 / 8)
+    assert total(1, 1, rollout_batch_size=1) - total(1, 8, rollout_batch_size=1) == pytest.approx(
+        2 * 12 * parameters * 7 / 8
+    )
+    assert total(2, 8) - total(2, 8, offload_optimizer=True) == pytest.approx(2 * 12 * parameters / 8)
+    assert total(2, 8) - total(2, 8, ref_zero_stage=3) == pytest.approx(2 * parameters * 7 / 8)
+
+
+def test_a_step_costs_less_on_more_gpus_and_more_over_a_network() -> None:
+    config = PPOConfig(model_name_or_path="-", train_data="-", dtype="bfloat16", zero_stage=3, batch_size=512)
+    few, many = (step_cost(SIZES["8b"], config, MACHINES["h100"], gpus) for gpus in (8, 16))
+    for phase in ("score", "train"):
+        assert many.seconds[phase] == pytest.approx(few.seconds[phase] / 2)
+    assert many.seconds["traffic"] > few.seconds["traffic"]  # it leaves the node
+    within = step_cost(SIZES["8b"], config, MACHINES["h100"], 16, per_node=16)
+    assert within.seconds["traffic"] < many.seconds["traffic"]
+    assert step_cost(SIZES["8b"], config, MACHINES["h100"], 1).seconds["traffic"] == 0
+
+
+def test_the_command_says_what_fits_and_what_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model-size", "8b", "--gpus", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "the first that fits: zero_stage 3" in printed
+    assert "does not fit" in printed
+    assert "rollout" in printed
+    # A rollout needs the policy whole on a GPU: no number of them helps.
+    assert "gathers the policy whole on each GPU: 141 GB of 80" in plan_report("70b", 64)
+    assert "the first that fits" in plan_report("70b", 64, "b200", overrides=["rollout_batch_size=8"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": "7b", "gpus": 8}, "--model-size: '7b' is not one of 135m, 1b"),
+        ({"size": "8b", "gpus": 8, "gpu": "v100"}, "--gpu: 'v100' is not one of a100-40gb"),
+        ({"size": "8b", "gpus": 0}, "--gpus .* at least 1, got 0"),
+        ({"size": "8b", "gpus": 1024}, "batch_size: 512 completions leave some of the 1024 GPUs"),
+        ({"size": "8b", "gpus": 8, "overrides": ["zero_stage=2"]}, "zero_stage: the plan tries them all"),
+        ({"size": "8b", "gpus": 8, "overrides": ["batch_sise=2"]}, "batch_sise"),
+        ({"size": "8b", "gpus": 8, "overrides": ["temperature=0"]}, "temperature: must be more than 0"),
+    ],
+)
+def test_mistakes_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_report(**arguments)  # type: ignore[arg-type]
