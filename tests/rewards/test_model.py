@@ -163,13 +163,13 @@ def test_messages_without_a_template_are_named(plain: Path) -> None:
         ModelReward(plain).score(CONVERSATIONS, COMPLETIONS)
 
 
-def test_a_model_that_gives_nan(plain: Path, tmp_path: Path) -> None:
+def test_a_model_that_overflows(plain: Path, tmp_path: Path) -> None:
     folder = tmp_path / "rm"
     shutil.copytree(plain, folder)
     model = load_scalar_model(folder, dtype="float32")
-    torch.nn.init.constant_(model.score.weight, float("nan"))
+    torch.nn.init.constant_(model.score.weight, 3e38)  # finite, so that it is loaded
     model.save_pretrained(folder)
-    with pytest.raises(RewardError, match=r"reward model .*/rm returned nan at row 0 \(prompt 'Who are you\?'"):
+    with pytest.raises(RewardError, match=r"reward model .*/rm returned (nan|-?inf) at row 0 \(prompt 'Who are you\?'"):
         ModelReward(folder).score(PROMPTS, COMPLETIONS)
 
 
