@@ -32,6 +32,9 @@ constexpr int kKeyLanes = 4;
 constexpr int kKeysAtOnce = kThreads / kKeyLanes;
 constexpr int kKeys = kTile / kKeysAtOnce;
 
+// Values that a thread has under way at a time.
+constexpr int kValues = 4;
+
 // The positions that a token sees, [first, end), and their splits: of these positions alone, whatever the batch.
 struct Splits {
   int first, end;
@@ -90,7 +93,7 @@ struct Arguments {
 // A block's shared memory, besides what depends on the head's size.
 template <int kQueries>
 struct Shared {
-  alignas(16) float weights[kTile][kQueries];  // scores, then exp(score - largest)
+  alignas(16) float weights[kTile][kQueries];  // products with the keys, then exp(score - largest)
   int64_t pages[2][kTilePages];                // where a tile's keys begin in the pool; and those of the tile before
   Softmax softmax[kQueries];                   // over all tiles so far
   float factor[kQueries];                      // by which this tile changes the sums so far
@@ -117,7 +120,7 @@ struct Share {
   __host__ __device__ static constexpr int slots_for(int chunks) { return kThreads / (chunks * (kQueries / kEach)); }
 };
 
-// The queries whose scores a warp weighs: every kWarps-th.
+// The queries that a warp weighs: every kWarps-th.
 template <int kQueries>
 constexpr int kQueriesOfWarp = (kQueries + kWarps - 1) / kWarps;
 
@@ -151,8 +154,8 @@ struct Worker {
     }
   }
 
-  // The scores of the tile's positions [from, to), and -inf for the others.
-  __device__ __forceinline__ void score(const int64_t* pages, int from, int to) const {
+  // The products of queries and the keys at [from, to) of the tile.
+  __device__ __forceinline__ void multiply(const int64_t* pages, int from, int to) const {
     const int lane = threadIdx.x % kKeyLanes, first = threadIdx.x / kKeyLanes;
     const T* keys[kKeys];
     float sums[kKeys][kQueries] = {};
@@ -189,15 +192,14 @@ struct Worker {
         float sum = sums[k][q];
 #pragma unroll
         for (int lanes = 1; lanes < kKeyLanes; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-        if (lane == q % kKeyLanes) {
-          shared.weights[first + k * kKeysAtOnce][q] = keys[k] ? score_of(sum, a.scale, a.cap) : -INFINITY;
-        }
+        if (lane == q % kKeyLanes) shared.weights[first + k * kKeysAtOnce][q] = sum;
       }
     }
   }
 
-  // Scores -> exp(score - largest), a query a warp; `running` has that warp's queries over all tiles so far.
-  __device__ __forceinline__ void weigh(Running& running) const {
+  // Products -> exp(score - largest), 0 outside of [from, to). A warp does some of the queries; `running` has those over
+  // all tiles so far.
+  __device__ __forceinline__ void weigh(int from, int to, Running& running) const {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int own = 0; own < kQueriesOfWarp<kQueries>; ++own) {
@@ -207,7 +209,8 @@ struct Worker {
       float scores[kTile / kWarp], largest = before.largest, total = 0;
 #pragma unroll
       for (int k = 0; k < kTile / kWarp; ++k) {
-        scores[k] = shared.weights[k * kWarp + lane][q];
+        const int i = k * kWarp + lane;
+        scores[k] = i >= from && i < to ? score_of(shared.weights[i][q], a.scale, a.cap) : -INFINITY;
         largest = fmaxf(largest, scores[k]);
       }
       largest = warp_max(largest);
@@ -243,14 +246,23 @@ struct Worker {
 #pragma unroll
       for (int j = 0; j < kChunk<T>; ++j) sums[q][j] *= shared.factor[share.query + q];
     }
-#pragma unroll 4
-    for (int i = from + share.slot; i < to && share.slot < share.slots; i += share.slots) {
-      const auto value = load_chunk<kAligned>(value_of(pages, i), share.chunk * kChunk<T>, a.heads.size);
+    if (share.slot >= share.slots) return;
+    for (int i = from + share.slot; i < to; i += kValues * share.slots) {
+      Vector<T> values[kValues] = {};
 #pragma unroll
-      for (int q = 0; q < Share::kEach; ++q) {
-        const float weight = shared.weights[i][share.query + q];
+      for (int k = 0; k < kValues; ++k) {
+        const int at = i + k * share.slots;
+        if (at < to) values[k] = load_chunk<kAligned>(value_of(pages, at), share.chunk * kChunk<T>, a.heads.size);
+      }
 #pragma unroll
-        for (int j = 0; j < kChunk<T>; ++j) sums[q][j] += weight * to_float(value.values[j]);
+      for (int k = 0; k < kValues; ++k) {
+        const int at = i + k * share.slots;
+#pragma unroll
+        for (int q = 0; q < Share::kEach; ++q) {
+          const float weight = at < to ? shared.weights[at][share.query + q] : 0.0f;
+#pragma unroll
+          for (int j = 0; j < kChunk<T>; ++j) sums[q][j] += weight * to_float(values[k].values[j]);
+        }
       }
     }
   }
@@ -306,9 +318,9 @@ __global__ __launch_bounds__(kThreads, kBlocks<T, kQueries>) void attend_kernel(
     __syncthreads();
     const int from = max(splits.first - tile, 0), to = min(end - tile, kTile);
     worker.prefetch_values(pages, from, to);
-    worker.score(pages, from, to);
+    worker.multiply(pages, from, to);
     __syncthreads();
-    worker.weigh(running);
+    worker.weigh(from, to, running);
     __syncthreads();
     worker.gather(pages, from, to, sums);
   }
