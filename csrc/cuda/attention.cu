@@ -197,8 +197,8 @@ struct Worker {
     }
   }
 
-  // Products -> exp(score - largest), 0 outside of [from, to). A warp does some of the queries; `running` has those over
-  // all tiles so far.
+  // Products -> exp(score - largest), 0 outside of [from, to), for this warp's queries. `running` has them over all
+  // tiles so far.
   __device__ __forceinline__ void weigh(int from, int to, Running& running) const {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll

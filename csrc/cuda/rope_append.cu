@@ -93,7 +93,7 @@ __device__ __forceinline__ void prepare(const Norm& norm, const Rotary& rotary, 
     __syncwarp();
   }
   if (query_scale != 1) {
-    for (int64_t i = threadIdx.x % kWarp; i < size; i += kWarp) head[i] = rounded<T>(query_scale * head[i]);
+    for (int64_t i = threadIdx.x % kWarp; i < size; i += kWarp) head[i] *= query_scale;
     __syncwarp();
   }
 }
