@@ -297,6 +297,7 @@ def _bench(args: argparse.Namespace) -> int:
         "pytest",
         str(folder),
         "--benchmark-enable",
+        "--import-mode=importlib",  # files of one name lie in several folders
         "-s",
         *(x for x in args.pytest_arguments if x != "--"),
     ]
