@@ -6,6 +6,7 @@ its rank is doing into the store through which the ranks found each other, and r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -63,7 +64,8 @@ class Watchdog:
         self._stop.set()
         if self._world.world_size > 1:
             self._thread.join(timeout=10)  # its last sign of life must not come after this
-            self._store.set(f"watchdog/{self._world.rank}", "over")
+            with contextlib.suppress(RuntimeError, ConnectionError):  # rank 0 may have gone, and its store with it
+                self._store.set(f"watchdog/{self._world.rank}", "over")
 
     def _watch(self) -> None:
         beat = 0

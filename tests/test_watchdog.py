@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def run(fault: str, folder: Path) -> tuple[int, str]:
 def test_a_slow_rank_is_named_and_waited_for(tmp_path: Path) -> None:
     status, stderr = run("slow", tmp_path)
     assert status == 0, stderr
-    assert "watchdog: rank 1 has been in score of step 1 for 2 s; ranks that wait for it: 0" in stderr
+    assert re.search(r"watchdog: rank 1 has been in score of step 1 for \d s; ranks that wait for it: 0\n", stderr)
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1]
 

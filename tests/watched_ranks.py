@@ -19,7 +19,7 @@ def main(model: str, data: str, folder: Path, fault: str) -> None:
     def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         if world.rank == 1:
             if fault == "slow":
-                time.sleep(4)
+                time.sleep(8)  # several signs of life beyond the others' patience, on a busy machine too
             elif fault == "raises":
                 raise RuntimeError("the reward of rank 1 is broken")
             elif fault == "killed":
