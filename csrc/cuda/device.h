@@ -1,7 +1,7 @@
 // What a kernel includes: CUDA and the few instructions that it lacks words for.
 //
-// Under nvcc and NVRTC these are the GPU's own. Under a C++ compiler they are the twins of tests/cuda_on_cpu, with which
-// the tests run the same sources on the CPU; docs/cuda_on_cpu.md says what a kernel keeps to for that.
+// Under nvcc and NVRTC these are the GPU's own. Under a C++ compiler they are the twins of tests/cuda_on_cpu, with
+// which the tests run the same sources on the CPU; docs/cuda_on_cpu.md says what a kernel keeps to for that.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -118,7 +118,8 @@ __device__ __forceinline__ void store16(T* address, Vector<T> vector) {
 }
 #endif
 
-// Asks for the memory around an address, which must be the launch's to read: it comes as near as the second-level cache.
+// Asks for the memory around an address, which must be the launch's to read: it comes as near as the second-level
+// cache.
 #if defined(__CUDACC__)
 __device__ __forceinline__ void prefetch(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));
@@ -144,8 +145,8 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
 }
 
 __device__ __forceinline__ void copy_async16(void* shared, const void* source, bool valid = true) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(__cvta_generic_to_global(source)),
-               "r"(valid ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(source)), "r"(valid ? 16 : 0)
                : "memory");
 }
 
@@ -197,7 +198,8 @@ __device__ __forceinline__ void copy_async_wait(CUDA_ON_CPU_SITE) {
 }
 
 template <typename T>
-__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], CUDA_ON_CPU_SITE) {
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                             CUDA_ON_CPU_SITE) {
   using cuda_on_cpu::HalfType;
   constexpr HalfType kType = std::is_same_v<T, __half> ? HalfType::float16 : HalfType::bfloat16;
   cuda_on_cpu::mma_m16n8k16(kType, d, a, b, site);

@@ -1,5 +1,6 @@
 // AddressSanitizer's findings become reports. It is loaded into a process that was not started for it, so it must
-// neither insist on coming first nor end the process. What it finds is kept until the thread comes to the machine again.
+// neither insist on coming first nor end the process. What it finds is kept until the thread comes to the machine
+// again.
 #include "sanitizers.h"
 
 #if defined(CUDA_ON_CPU_ASAN)
