@@ -17,7 +17,8 @@ constexpr int64_t kMostSplits = 16;     // for one block to add
 // How a layer is cut.
 struct Cut {
   int64_t tiles, splits;
-  int64_t inputs;  // of a split
+  int64_t outputs;  // of a tile
+  int64_t inputs;   // of a split
 };
 
 template <typename T, bool kTransposed>
@@ -27,7 +28,7 @@ Cut cut(const Linear& layer) {
   const int64_t tiles = quotient_up(layer.out, Tile::kOutputs), turns = quotient_up(layer.in, kTurn);
   const int64_t useful = quotient_up(turns, kTileWarps / 2);  // half of a block's warps have work
   const int64_t splits = std::min({quotient_up(kWantedBlocks, tiles), useful, kMostSplits});
-  return {tiles, splits, quotient_up(turns, splits) * kTurn};
+  return {tiles, splits, Tile::kOutputs, quotient_up(turns, splits) * kTurn};
 }
 
 Cut cut(const Linear& layer) {
@@ -39,18 +40,12 @@ Cut cut(const Linear& layer) {
   return result;
 }
 
-int64_t tile_outputs(const Linear& layer) {
-  const int64_t vector = layer.type == Type::float32 ? 4 : 8;
-  return layer.transposed ? 8 * vector : 16;
-}
-
 // The workspace: for each tile of each layer a counter, how many of its blocks are done, at the same place in every
 // launch; then a tile of sums for each block. The last block of a tile leaves its counter 0 for the next launch.
 constexpr int64_t kCounters = kMostLayers * kWantedBlocks;  // a layer of more tiles than that is not split
 
-int64_t sums_count(const Linear& layer) {
-  const Cut how = cut(layer);
-  return how.splits == 1 ? 0 : how.tiles * how.splits * kMaxRows * tile_outputs(layer);
+int64_t sums_count(const Cut& how) {
+  return how.splits == 1 ? 0 : how.tiles * how.splits * kMaxRows * how.outputs;
 }
 
 // One layer of a launch.
@@ -145,7 +140,7 @@ bool reads_vectors(const Linear& layer) {
 }  // namespace
 
 int64_t linear_workspace(const Linear& layer) {
-  const int64_t sums = sums_count(layer);
+  const int64_t sums = sums_count(cut(layer));
   return sums == 0 ? 0 : kCounters * int64_t(sizeof(int)) + sums * int64_t(sizeof(float));
 }
 
@@ -176,7 +171,7 @@ void linear_many(const Linear* layers, int count, const void* x, int64_t rows, i
       aligned = aligned && reads_vectors<T>(layer);
       blocks += how.tiles * how.splits;
       column += layer.out;
-      sums += sums_count(layer);
+      sums += sums_count(how);
     }
     parts.count = count;
     const Rows<T> input{static_cast<const T*>(x), int(rows), x_row};
