@@ -31,6 +31,7 @@ __global__ __launch_bounds__(kTileThreads, 1) void gated_mlp_in_kernel(Weights<T
 
 void gated_mlp_in(const Linear& gate, const Linear& value, Activation activation, const void* x, int64_t rows,
                   int64_t x_row, void* inner, int64_t inner_row, Stream stream) {
+  check_rows(rows);
   with_type(gate.type, [&](auto element) {
     using T = decltype(element);
     const bool aligned = is_aligned<T>(x, x_row) && is_aligned<T>(gate.weight, gate.row_stride, gate.in) &&

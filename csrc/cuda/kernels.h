@@ -102,7 +102,7 @@ enum class Activation { relu, silu, gelu, gelu_tanh, gelu_new };  // numbered as
 void activate(Type type, Activation activation, bool gated, const void* x, int64_t x_row, void* inner, int64_t rows,
               int64_t size, Stream stream);
 
-// Rows that a product takes; more are a matrix product's work.
+// Rows that a product takes; more are a matrix product's work, and std::invalid_argument here.
 constexpr int kMaxRows = 16;
 
 // A layer's weights where they lie.

@@ -10,6 +10,9 @@
 // A sum's order depends on the layer's shape and type alone, not on the number of rows.
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
 #include "rows.h"
 
 namespace rlhf_fast::cuda {
@@ -58,6 +61,13 @@ struct Rows {
   int count;
   int64_t stride;
 };
+
+// A tile's sums have no room for more rows.
+inline void check_rows(int64_t rows) {
+  if (rows >= 1 && rows <= kMaxRows) return;
+  throw std::invalid_argument("a product of " + std::to_string(rows) + " rows; the kernels take 1 to " +
+                              std::to_string(kMaxRows));
+}
 
 // What a register holds: a float, or two 16-bit numbers, the first in the low half. Held apart they would cost
 // instructions to join.
