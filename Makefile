@@ -73,7 +73,7 @@ bench-peers: .venv-peers/.made
 	touch $@
 
 # On a machine with a CUDA GPU and nvcc, with the packages of $(PYTHON): torch, triton, transformers, pytest,
-# pytest-benchmark. No .venv, no DeepSpeed. Both end in eight minutes together; docs/gpu.md says what they do.
+# pytest-benchmark. No .venv, no DeepSpeed. Neither has run on a GPU yet; docs/gpu.md says what they do.
 test-gpu:
 	TRITON_INTERPRET=0 $(PYTHON) -m pytest --gpu -m "not sanitizers and not slow" tests/gpu tests/cuda
 
