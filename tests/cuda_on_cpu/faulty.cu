@@ -1,24 +1,7 @@
 // Kernels with one bug each, of 64 threads a block. Without the bug each writes out[i] = i; x[i] is i.
-#include "device.h"
-
-using namespace rlhf_fast::cuda;
+#include "case.h"
 
 namespace {
-
-struct Arguments {
-  float* out;      // [64], unwritten
-  const float* x;  // [64]
-  float* scratch;  // [64], unwritten
-  int* counter;    // [2], zeros
-};
-
-#define KERNEL(name)                                                                                     \
-  __global__ void name(Arguments a);                                                                     \
-  extern "C" void run_##name(float* out, const float* x, float* scratch, int* counter, int64_t blocks) { \
-    launch(name, dim3(unsigned(blocks)), dim3(64), 64 * sizeof(float), nullptr,                          \
-           Arguments{out, x, scratch, counter});                                                         \
-  }                                                                                                      \
-  __global__ void name(Arguments a)
 
 // Races.
 
