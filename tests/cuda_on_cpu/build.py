@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -81,6 +82,8 @@ def kernels(
     link = (str(machine), f"-Wl,-rpath,{machine.parent}")
     name = f"{'-'.join(source.stem for source in sources)[:60]}-{build.name}"
     headers = [header for folder in folders for header in _headers(folder)]
+    for source in sources:  # what it takes from elsewhere
+        headers += [source.parent / name for name in re.findall(r'#include "(\.\./.+)"', source.read_text())]
     return _library(name, sources, told, link, headers)
 
 
