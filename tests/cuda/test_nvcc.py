@@ -1,30 +1,22 @@
 """nvcc compiles every kernel for every architecture, and none keeps variables in memory: no spills, no stack.
 
-The resources of each kernel are printed: pytest -s tests/cuda/test_nvcc.py
+It takes CUDA's compiler and no GPU; pytest -m "not nvcc" leaves it out. The resources of each kernel are printed:
+pytest -s tests/cuda/test_nvcc.py
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from rlhf_fast.build_cuda import nvcc
 from tests.cuda_on_cpu.build import KERNELS
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 SOURCES = sorted(path.name for path in KERNELS.glob("*.cu"))
-
-
-def nvcc() -> str:
-    """CUDA's compiler. It needs no GPU."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    program = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
-    assert program, "no nvcc on PATH or in $CUDA_HOME/bin: install the CUDA toolkit, or pass -m 'not nvcc' to pytest"
-    return program
 
 
 def resources(said: str) -> dict[str, dict[str, int]]:
