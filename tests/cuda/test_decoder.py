@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,6 +131,27 @@ def test_rows_do_not_depend_on_the_batch() -> None:
         alone = Generator(model, backend="cuda").rollout([PROMPTS[row]], params)
         width = alone.logprobs.shape[1]
         assert torch.equal(alone.logprobs, together.logprobs[row : row + 1, :width])
+
+
+@pytest.mark.parametrize("family", PROVEN)
+def test_what_a_cuda_graph_holds(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches for more tokens than there are, bound by the longest sequence; beyond 16 tokens PyTorch's products."""
+    module, sizes = cuda_backend.load_generation(), set()
+
+    def replay(tokens: int, launch: Callable[[int], None]) -> bool:
+        sizes.add(tokens)
+        launch(0)
+        return True
+
+    def settings() -> Any:
+        made = module.CudaSettings()
+        made.replay = replay
+        return made
+
+    fields = {"CudaSettings": settings, "cuda_backend": module.cuda_backend}
+    monkeypatch.setattr(cuda_backend, "load_generation", lambda: SimpleNamespace(**fields))
+    both(tiny_model(family), SamplingParams(n=5, max_tokens=40, stop_token_ids=range(20, 30), seed=3))
+    assert {8, 16, 32} <= sizes  # 20 rows, and fewer as they end
 
 
 def test_stop_strings_and_text() -> None:
