@@ -89,8 +89,9 @@ def test_without_nvcc_transformers_decodes(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.nvcc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what a machine without a GPU says")
 def test_it_builds_and_loads_where_no_gpu_is() -> None:
-    """With the real nvcc, if there is one."""
+    """With the real nvcc."""
     with pytest.raises(BuildError, match="CUDA does not run: "):
         build_cuda.load_cuda("90")

@@ -1,4 +1,4 @@
-"""What needs a CUDA GPU: `make test-gpu`. Nothing here skips: without a GPU these tests fail."""
+"""What needs a CUDA GPU: `make test-gpu`. Without one these tests fail; compute-sanitizer's alone may be missing."""
 
 from __future__ import annotations
 
