@@ -59,7 +59,10 @@ calls = 0
 def reward(prompts, completions, **columns):
     global calls
     calls += 1
-    for _ in range(2 if calls == 4 else 0):
+    if calls == 4:
+        os.kill(os.getpid(), signal.SIGINT)
+        while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            time.sleep(0.01)  # the first has not come through yet, and two that wait are one
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
     return [float(t.count('a')) for t in completions]
