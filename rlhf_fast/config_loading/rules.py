@@ -256,7 +256,7 @@ def _ppo(c: PPOConfig) -> Iterator[tuple[str, str]]:
             if getattr(c, name) is not None:
                 yield name, "a shared value head has no model and no optimizer of its own: leave it null."
     if c.value_zero_stage is not None:
-        for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
+        for name, lowest in (("offload_optimizer", 1), ("offload_param", 3), ("nvme_path", 3)):
             if getattr(c, name) and c.value_zero_stage < lowest:
                 yield "value_zero_stage", f"{name} needs at least {lowest} for the value model too."
     if c.semantics == "dschat":
