@@ -112,17 +112,20 @@ def step_cost(shape: Shape, config: PPOConfig, machine: Machine, gpus: int, per_
     prompts = rows / config.num_generations * config.max_prompt_length
     rollout = rounds * config.max_new_tokens * max(reads, products) + 2 * shape.parameters * prompts / rate
 
-    frozen = 1 + bool(config.kl_coef) + (config.dtype != "float32")  # value, reference, and the old log-probs again
-    trained = 2 * (8 if config.gradient_checkpointing else 6)  # flops a weight and token: policy and value model
+    models = 1 if config.value_model == "shared" else 2  # that are trained
+    # Value, reference, and the old log-probs again, which a shared trunk gives with its values.
+    frozen = 1 + bool(config.kl_coef) + (config.dtype != "float32" and models == 2)
+    trained = models * (8 if config.gradient_checkpointing else 6)  # flops a weight and token
     steps = config.num_ppo_epochs * config.num_mini_batches
     share = (gpus - 1) / gpus
-    gradients = 2 * shape.parameters * 4 * share  # fp32, of both models, reduced and scattered
-    sent = {"gradients": steps * 2 * gradients if config.zero_stage < 2 else steps * gradients}
-    if config.zero_stage in (1, 2):
-        sent["weights after a step"] = steps * 2 * weights * share
-    if config.zero_stage == 3:
+    stage = max(config.zero_stage, 1 if config.dtype in ("bfloat16", "float16") else 0)  # the engine's own rule
+    gradients = models * shape.parameters * 4 * share  # fp32, reduced and scattered
+    sent = {"gradients": steps * 2 * gradients if stage < 2 else steps * gradients}
+    if stage in (1, 2):
+        sent["weights after a step"] = steps * models * weights * share
+    if stage == 3:
         batches = max(1.0, tokens / config.micro_batch_tokens)
-        sent["weights, forward and backward"] = config.num_ppo_epochs * batches * 2 * 2 * weights * share
+        sent["weights, forward and backward"] = config.num_ppo_epochs * batches * 2 * models * weights * share
         sent["weights, frozen forwards"] = batches * frozen * weights * share
         sent["weights for the rollout"] = weights * share
     seconds = {

@@ -85,6 +85,24 @@ def test_a_step_costs_less_on_more_gpus_and_more_over_a_network() -> None:
     assert step_cost(SIZES["8b"], config, MACHINES["h100"], 1).seconds["traffic"] == 0
 
 
+def test_a_shared_trunk_is_one_model_to_train() -> None:
+    two, one = (
+        PPOConfig(model_name_or_path="-", train_data="-", dtype="bfloat16", value_model=kind)
+        for kind in ("separate", "shared")
+    )
+    separate, shared = (step_cost(SIZES["8b"], config, MACHINES["h100"], 8) for config in (two, one))
+    assert shared.seconds["train"] == pytest.approx(separate.seconds["train"] / 2)
+    assert shared.seconds["score"] == pytest.approx(separate.seconds["score"] * 2 / 3)  # values with the log-probs
+    assert shared.sent == {name: pytest.approx(size / 2) for name, size in separate.sent.items()}
+
+
+def test_stage_0_in_half_precision_is_stage_1() -> None:
+    zero, one = (
+        PPOConfig(model_name_or_path="-", train_data="-", dtype="bfloat16", zero_stage=stage) for stage in (0, 1)
+    )
+    assert step_cost(SIZES["1b"], zero, MACHINES["h100"], 8) == step_cost(SIZES["1b"], one, MACHINES["h100"], 8)
+
+
 def test_the_command_says_what_fits_and_what_does_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model-size", "8b", "--gpus", "8"]) == 0
     printed = capsys.readouterr().out
