@@ -51,7 +51,7 @@ class TrainerConfig:
     micro_batch_tokens: int = 4096  # tokens (padding included) of one forward and backward on one rank
     gradient_checkpointing: bool = False
 
-    # Engine
+    # Engine; what is offloaded has not run on a GPU yet: docs/scaling.md
     dtype: Dtype = "float32"
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload_optimizer: bool = False  # optimiser state and step on the CPU; needs zero_stage 1, 2 or 3
