@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.memory import peak_bytes
+from bench.ops.peers import scan_by_column, scan_by_doubling
 from rlhf_fast import ops
 
 ROWS, COLUMNS = 256, 1024
@@ -18,26 +19,11 @@ GAMMA, LAM = 1.0, 0.95
 
 
 def python_loop(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """DeepSpeed-Chat's and TRL's way: a column at a time from the right, in Python."""
-    last, columns = rewards.new_zeros(mask.shape[0]), []
-    for t in reversed(range(mask.shape[1])):
-        following = values[:, t + 1] if t + 1 < mask.shape[1] else 0.0
-        last = rewards[:, t] + GAMMA * following - values[:, t] + GAMMA * LAM * last
-        columns.append(last)
-    advantages = torch.stack(columns[::-1], dim=1)
-    return advantages, advantages + values
+    return scan_by_column(rewards, values, GAMMA, LAM)
 
 
 def doubling(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """torch eager without a loop over columns: runs of 1, 2, 4, ... tokens are joined."""
-    advantages = rewards - values
-    advantages[:, :-1] += GAMMA * values[:, 1:]
-    span = 1
-    while span < mask.shape[1]:
-        longer = advantages.clone()
-        longer[:, :-span] += (GAMMA * LAM) ** span * advantages[:, span:]
-        advantages, span = longer, 2 * span
-    return advantages, advantages + values
+    return scan_by_doubling(rewards, values, GAMMA, LAM)
 
 
 def ours(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

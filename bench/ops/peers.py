@@ -1,4 +1,4 @@
-"""Others' formulas for the log-probs of ids from logits, written out: what several benches compare with."""
+"""Others' formulas for log-probs from logits and for advantages, written out: what several benches compare with."""
 
 from __future__ import annotations
 
@@ -43,3 +43,26 @@ def from_logsumexp_in_place(logits: Tensor, ids: Tensor) -> Tensor:
     """Liger's GRPO loss: the logsumexp is kept, and the backward pass writes the gradient over the logits."""
     found: Tensor = _FromLogsumexp.apply(logits, ids)
     return found
+
+
+def scan_by_column(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """DeepSpeed-Chat's and TRL's advantages and returns: a column at a time from the right, in Python."""
+    last, columns = rewards.new_zeros(len(rewards)), []
+    for t in reversed(range(rewards.shape[1])):
+        following = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
+        last = rewards[:, t] + gamma * following - values[:, t] + gamma * lam * last
+        columns.append(last)
+    advantages = torch.stack(columns[::-1], dim=1)
+    return advantages, advantages + values
+
+
+def scan_by_doubling(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """The same without a loop over columns: runs of 1, 2, 4, ... tokens are joined."""
+    advantages = rewards - values
+    advantages[:, :-1] += gamma * values[:, 1:]
+    span = 1
+    while span < rewards.shape[1]:
+        longer = advantages.clone()
+        longer[:, :-span] += (gamma * lam) ** span * advantages[:, span:]
+        advantages, span = longer, 2 * span
+    return advantages, advantages + values
