@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from bench.generation import shapes
+
 VOCABULARY = 64
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -39,29 +41,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("PhiConfig", {"num_key_value_heads": 4}),  # a bias on the head
 }
 
-# Shapes of Llamas that people train, for tiny_model("llama", **...).
-SHAPES: dict[str, dict[str, Any]] = {
-    "15M": {
-        "hidden_size": 288,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 6,
-        "intermediate_size": 768,
-        "vocab_size": 32_000,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": True,
-    },
-    "SmolLM2-135M": {
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "vocab_size": 49_152,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": True,
-    },
-}
+# For tiny_model("llama", **...).
+SHAPES = {name: {**shapes.SHAPES[name], "initializer_range": 0.02} for name in ("15M", "SmolLM2-135M")}
 
 
 def tiny_config(family: str, **changes: Any) -> Any:

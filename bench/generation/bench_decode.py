@@ -29,37 +29,11 @@ from bench.generation.decoders import (
     with_llama_cpp,
     with_transformers,
 )
+from bench.generation.shapes import SHAPES
 
 OURS, FLOOR = "rlhf_fast", "floor: one read of the weights"
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 TOLERANCE = {FLOAT32: 1e-4, BFLOAT16: 0.2}  # of logits; their standard deviation is about 1
-
-SHAPES = {
-    "15M": {
-        "hidden_size": 288,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 6,
-        "intermediate_size": 768,
-        "vocab_size": 32_000,
-    },
-    "110M": {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 12,
-        "intermediate_size": 2048,
-        "vocab_size": 32_000,
-    },
-    "SmolLM2-135M": {
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "vocab_size": 49_152,
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -116,9 +90,7 @@ PREFILL_CASES = [
 def model(shape: str, dtype: torch.dtype) -> LlamaForCausalLM:
     """Weights large enough that every layer has a say in what comes next, unlike transformers' initial ones."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        **SHAPES[shape], tie_word_embeddings=True, initializer_range=0.05, bos_token_id=None, eos_token_id=None
-    )
+    config = LlamaConfig(**SHAPES[shape], initializer_range=0.05, bos_token_id=None, eos_token_id=None)
     return LlamaForCausalLM(config).to(dtype).eval()
 
 

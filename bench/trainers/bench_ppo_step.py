@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from bench.generation.shapes import SHAPES
 from rlhf_fast import PPOConfig, PPOTrainer
 
-ROWS, PROMPT, NEW, VOCABULARY = 16, 64, 64, 32_000
+ROWS, PROMPT, NEW = 16, 64, 64
+VOCABULARY = SHAPES["15M"]["vocab_size"]
 ROUNDS = 3
 STOP = {"fixed": [], "ragged": list(range(2, 802))}
 KL_COEF, LAM, CLIP, LEARNING_RATE = 0.05, 0.95, 0.2, 1e-6
@@ -30,17 +32,7 @@ Step = Callable[[], None]
 
 def config_of_model(**changes: Any) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=288,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        initializer_range=0.05,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-        **changes,
+        **SHAPES["15M"], initializer_range=0.05, bos_token_id=None, eos_token_id=1, pad_token_id=0, **changes
     )
 
 
