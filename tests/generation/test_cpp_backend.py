@@ -81,21 +81,27 @@ def same(a: Rollout, b: Rollout) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("tokens", "mask", "logprobs"))
 
 
-@pytest.mark.parametrize(("family", "changes"), SHAPES, ids=str)
-def test_numbers_are_those_of_transformers(family: str, changes: dict[str, Any]) -> None:
-    model = tiny_model(family, **changes)
-    generator = Generator(model, backend="cpp", max_batch_size=3)
-    rollout = generator.rollout(PROMPTS, SamplingParams(n=2, max_tokens=40, temperature=0.9, seed=3))
+def assert_numbers_of_training(model: Any, generator: Generator, max_tokens: int) -> Rollout:
+    """Log-probs of drawn tokens are the training forward's, greedy tokens its likeliest. Gives the drawn ones, at
+    temperature 0.9."""
+    rollout = generator.rollout(PROMPTS, SamplingParams(n=2, max_tokens=max_tokens, temperature=0.9, seed=3))
     drift = (rollout.logprobs - recomputed(model, rollout, 0.9))[rollout.mask].abs()
     assert drift.max() <= 1e-4
     assert drift.mean() <= 1e-5
     assert generator.stats.backend == "cpp"
 
-    greedy = generator.rollout(PROMPTS, SamplingParams(temperature=0, max_tokens=40))
+    greedy = generator.rollout(PROMPTS, SamplingParams(temperature=0, max_tokens=max_tokens))
     input_ids, rows, positions, ids = greedy.sequences(pad_id=0)
     with torch.no_grad():
         logits = model(input_ids).logits[rows, positions]
     assert (logits.amax(dim=-1) - logits.gather(1, ids[:, None])[:, 0]).max() <= 1e-4  # the likeliest, but for ties
+    return rollout
+
+
+@pytest.mark.parametrize(("family", "changes"), SHAPES, ids=str)
+def test_numbers_are_those_of_transformers(family: str, changes: dict[str, Any]) -> None:
+    model = tiny_model(family, **changes)
+    assert_numbers_of_training(model, Generator(model, backend="cpp", max_batch_size=3), max_tokens=40)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
