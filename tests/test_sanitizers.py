@@ -17,14 +17,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 COMPILER = shutil.which("g++")
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-OPS = ["tests/ops", "-k", "cpp"]
-DECODER = [
-    *(f"tests/generation/test_{name}.py" for name in ("linear", "generator", "lora")),
-    *(f"tests/generation/test_cpp_{name}.py" for name in ("sampler", "backend", "interruptions", "long_runs")),
-    "-k",
+# files, and which tests of them
+OPS = (["tests/ops"], "cpp")
+DECODER = (
+    [
+        *(f"tests/generation/test_{name}.py" for name in ("linear", "generator", "lora")),
+        *(f"tests/generation/test_cpp_{name}.py" for name in ("sampler", "backend", "interruptions", "long_runs")),
+    ],
     "linear or sampler or cpp_backend or stop_string or stop_watcher or those_of_peft or bad_requests or cache_below "
     "or hundreds or long_rows",
-]
+)
 # What says nothing of memory: torch.compile, opcheck, ranks, frequencies, Triton; rows so far apart that the
 # sanitizers' own bookkeeping takes gigabytes; two of three families in half precision.
 WITHOUT = ["compiled", "opcheck", "ranks", "frequencies", "triton", "aot", "other_instruction"]
@@ -59,9 +61,8 @@ def _found_by_compiler(compiler: str, library: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-@pytest.mark.parametrize("tests", [OPS, DECODER], ids=["ops", "decoder"])
-def test_kernels_under_sanitizers(tests: list[str], cache: Path) -> None:
-    *files, _, which = tests
+@pytest.mark.parametrize(("files", "which"), [OPS, DECODER], ids=["ops", "decoder"])
+def test_kernels_under_sanitizers(files: list[str], which: str, cache: Path) -> None:
     which = f"({which}) and not ({' or '.join(WITHOUT)})"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *files, "-k", which]
     done = subprocess.run(
