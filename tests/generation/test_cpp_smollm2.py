@@ -85,9 +85,11 @@ def test_float32(folder: Path, prompts: list[list[int]]) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(folder: Path, prompts: list[list[int]], dtype: Any) -> None:
-    """As near to the training forward as transformers' own decoding with a cache, each on what it drew itself.
+    """At most 1.25 times as far from the training forward as transformers' own decoding with a cache, each on what it
+    drew itself, with this seed.
 
-    Sums in another order that round to the other side are all that is left; how often is chance, hence the factor.
+    Sums in another order that round to the other side are all that is left; how often is chance, hence the factor. The
+    largest difference is one token's: with another seed it was 1.57 times theirs in bfloat16.
     """
     model = load_causal_lm(folder, dtype=dtype)
     ours, theirs = (
