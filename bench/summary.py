@@ -2,8 +2,8 @@
 
 A group is one job done by several. A name that starts with "rlhf_fast" is ours, one that starts with "floor" is the
 least that the machine allows, measured in the same run, and the rest are peers. A bench may say in
-`benchmark.extra_info` how many `bytes` the job has to move and how many bytes of `memory` it took beyond its inputs and
-outputs.
+`benchmark.extra_info` how many `bytes` the job has to move and how many bytes of `memory` it took beyond its inputs
+(bench/memory.py).
 """
 
 from __future__ import annotations
