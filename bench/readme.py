@@ -17,8 +17,8 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def newest() -> Path:
-    """The latest run's JSON file."""
-    return max(RESULTS.glob("*.json"))
+    """The latest run's JSON file; a run with small pages is none of the README's."""
+    return max(file for file in RESULTS.glob("*.json") if not file.stem.endswith("-small-pages"))
 
 
 def with_tables(readme: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from bench import readme, summary
@@ -13,6 +15,13 @@ def test_the_readme_shows_the_newest_results() -> None:
     assert readme.with_tables(README) == README
     for suffix in (".md", ".png"):
         assert readme.newest().with_suffix(suffix).is_file()
+
+
+def test_small_pages_are_not_shown_even_if_midnight_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("2026-01-01-cpu-2-threads", "2026-01-02-cpu-2-threads", "2026-01-03-cpu-2-threads-small-pages"):
+        (tmp_path / f"{name}.json").touch()
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.newest().stem == "2026-01-02-cpu-2-threads"
 
 
 @pytest.mark.parametrize("name", ["kernels", "generation"])
