@@ -109,7 +109,7 @@ def on_start(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> Iterat
         threading.Event().wait(0.1)
         act()
 
-    thread = threading.Thread(target=wait_and_act)
+    thread = threading.Thread(target=wait_and_act, daemon=True)  # or a call that never begins would hang the tests
     with monkeypatch.context() as patch:
         patch.setattr(cpp_backend, "decode", decode_and_say)
         thread.start()
