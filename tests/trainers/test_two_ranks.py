@@ -76,3 +76,30 @@ def test_ppo_with_nothing_to_evaluate_on_one_rank(letters_model: Path, tmp_path:
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["rollout/logprob_drift_max"] < 1e-4 for row in rows)
     assert rows[0]["policy/clipfrac_avg"] < 0.5
+
+
+FAILS_ON_ONE_RANK = """
+import os
+calls = 0
+def reward(prompts, completions, **columns):
+    global calls
+    calls += 1
+    bad = calls == 2 and os.environ["RANK"] == "1"
+    return [float("nan") if bad else float(len(text)) for text in completions]
+"""
+
+
+def test_a_reward_that_fails_on_one_rank_costs_the_batch_of_both(letters_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "reward.py").write_text(FAILS_ON_ONE_RANK)
+    config = {
+        "model_name_or_path": str(letters_model),
+        "train_data": write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": p} for p in "abcdefxy"]),
+        "reward": f"{tmp_path / 'reward.py'}:reward",
+        "on_bad_reward": "skip",
+        "batch_size": 4,
+        "max_new_tokens": 4,
+        "max_steps": 3,
+    }
+    rows = run_on(2, "ppo", config, tmp_path / "run")
+    assert [row["nonfinite_steps"] for row in rows] == [0, 1, 1]
+    assert ["loss/policy_avg" in row for row in rows] == [True, False, True]
