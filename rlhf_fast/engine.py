@@ -157,9 +157,9 @@ class Engine:
         if self._stage == 3:
             zero["stage3_param_persistence_threshold"] = PERSISTENT
         if self._offloaded:
-            zero["offload_optimizer"] = _offload_to(config)
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         if config.offload_param and self._world.device.type != "cpu":
-            zero["offload_param"] = _offload_to(config)
+            zero["offload_param"] = _home_of_weights(config)
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -357,7 +357,7 @@ def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata
             state.pop(prefix + name, None)
 
 
-def _offload_to(config: TrainerConfig) -> dict[str, Any]:
+def _home_of_weights(config: TrainerConfig) -> dict[str, Any]:
     if config.nvme_path is None:
         return {"device": "cpu", "pin_memory": True}
     return {"device": "nvme", "nvme_path": config.nvme_path, "pin_memory": True}
@@ -368,7 +368,7 @@ def partition_frozen(module: nn.Module, *, config: TrainerConfig, world: World) 
     where config.offload_param says so) and has a layer's whole while that runs. All ranks call its forward alike."""
     zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": PERSISTENT}
     if config.offload_param and world.device.type != "cpu":
-        zero["offload_param"] = _offload_to(config)
+        zero["offload_param"] = _home_of_weights(config)
     engine, *_ = _import_deepspeed(world).initialize(
         model=module,
         config={

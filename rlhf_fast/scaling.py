@@ -146,9 +146,9 @@ def plan_report(size: str, gpus: int, gpu: str = "h100", per_node: int = 8, over
     if gpus < 1 or per_node < 1:
         raise ConfigError(f"--gpus and --gpus-per-node must be at least 1, got {gpus} and {per_node}")
     fields = parse_overrides(overrides, PPOConfig)
-    for name in ("zero_stage", "offload_optimizer"):
+    for name in ("zero_stage", "offload_optimizer", "offload_param", "nvme_path"):
         if name in fields:
-            raise ConfigError(f"{name}: the plan tries them all; leave it out")
+            raise ConfigError(f"{name}: the plan says what is needed; leave it out")
     if fields.get("use_peft"):
         raise ConfigError("use_peft: the plan is for training all weights; --dry_run counts adapters too")
     config = PPOConfig(**DEFAULTS | fields)

@@ -121,7 +121,7 @@ def test_the_command_says_what_fits_and_what_does_not(capsys: pytest.CaptureFixt
         ({"size": "8b", "gpus": 8, "gpu": "v100"}, "--gpu: 'v100' is not one of a100-40gb"),
         ({"size": "8b", "gpus": 0}, "--gpus .* at least 1, got 0"),
         ({"size": "8b", "gpus": 1024}, "batch_size: 512 completions leave some of the 1024 GPUs"),
-        ({"size": "8b", "gpus": 8, "overrides": ["zero_stage=2"]}, "zero_stage: the plan tries them all"),
+        ({"size": "8b", "gpus": 8, "overrides": ["zero_stage=2"]}, "zero_stage: the plan says what is needed"),
         ({"size": "8b", "gpus": 8, "overrides": ["batch_sise=2"]}, "batch_sise"),
         ({"size": "8b", "gpus": 8, "overrides": ["temperature=0"]}, "temperature: must be more than 0"),
     ],

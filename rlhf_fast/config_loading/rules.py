@@ -208,8 +208,8 @@ def _common(c: TrainerConfig) -> Iterator[tuple[str, str]]:
             "offload_param",
             "weights are split, and can be fetched layer by layer, in ZeRO-3 only: set zero_stage to 3.",
         )
-    if c.nvme_path is not None and (c.zero_stage != 3 or not (c.offload_optimizer or c.offload_param)):
-        yield "nvme_path", "nothing goes there without zero_stage 3 and offload_optimizer or offload_param."
+    if c.nvme_path is not None and not c.offload_param:
+        yield "nvme_path", "weights alone go there, and only with offload_param: true."
     if isinstance(c, SFTConfig) and c.packing and c.micro_batch_tokens < c.max_length:
         yield (
             "packing",
@@ -256,7 +256,7 @@ def _ppo(c: PPOConfig) -> Iterator[tuple[str, str]]:
             if getattr(c, name) is not None:
                 yield name, "a shared value head has no model and no optimizer of its own: leave it null."
     if c.value_zero_stage is not None:
-        for name, lowest in (("offload_optimizer", 1), ("offload_param", 3), ("nvme_path", 3)):
+        for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
             if getattr(c, name) and c.value_zero_stage < lowest:
                 yield "value_zero_stage", f"{name} needs at least {lowest} for the value model too."
     if c.semantics == "dschat":

@@ -76,12 +76,16 @@ MISTAKES: list[tuple[type[TrainerConfig], dict[str, Any], str]] = [
     (SFTConfig, {"train_data": []}, r"train_data: must not be empty, got \[\]"),
     (SFTConfig, {"offload_optimizer": True}, r"offload_optimizer: .* set zero_stage to 1, 2 or 3"),
     (SFTConfig, {"offload_param": True, "zero_stage": 2}, r"offload_param: .* set zero_stage to 3"),
-    (SFTConfig, {"nvme_path": "/disk", "zero_stage": 3}, r"nvme_path: nothing goes there without zero_stage 3 and"),
+    (
+        SFTConfig,
+        {"nvme_path": "/disk", "zero_stage": 3, "offload_optimizer": True},
+        r"nvme_path: weights alone go there, and only with offload_param: true",
+    ),
     (PPOConfig, {"value_model": "shared", "value_zero_stage": 1}, r"value_zero_stage: a shared value head has no"),
     (
         PPOConfig,
-        {"zero_stage": 3, "offload_optimizer": True, "nvme_path": "/disk", "value_zero_stage": 2},
-        r"value_zero_stage: nvme_path needs at least 3 for the value model too",
+        {"zero_stage": 3, "offload_param": True, "nvme_path": "/disk", "value_zero_stage": 2},
+        r"value_zero_stage: offload_param needs at least 3 for the value model too",
     ),
     (
         SFTConfig,
