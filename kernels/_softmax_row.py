@@ -176,7 +176,9 @@ def write_gradient(
         dx = _gradient(x, place == id_in_body, maximum, log2_total, scale, at_id, a, b)
         tl.store(grad_logits + grad_body + place, tl.where(used, dx, 0.0), mask=place < body)
     if body < vocabulary:
-        column = tl.where(places < head, places, places + body)
+        # Head and tail are each shorter than a vector. Several threads read each of their logits; one writes it.
+        edge = tl.arange(0, 2 * VECTOR)
+        column = tl.where(edge < head, edge, edge + body)
         x = tl.load(logits + start + column, mask=column < tl.where(used, vocabulary, 0), other=0.0)
         dx = _gradient(x, column == id, maximum, log2_total, scale, at_id, a, b)
         tl.store(grad_logits + grad_start + column, tl.where(used, dx, 0.0), mask=column < vocabulary)
