@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -82,7 +83,12 @@ def _join(backend: str, device: torch.device) -> None:
 
 def _leave() -> None:
     if dist.is_initialized():
+        alone = dist.get_world_size() == 1
         dist.destroy_process_group()
+        if not alone:
+            # A thread of gloo's may still wait for the interpreter's lock, to let go of the last collective's tensors.
+            # Where the interpreter ends first that aborts a process that has done all its work.
+            time.sleep(0.1)
 
 
 def all_reduce_sum(value: Value, world: World) -> Value:
