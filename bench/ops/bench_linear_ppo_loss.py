@@ -1,4 +1,4 @@
-"""linear_ppo_loss at the head of GPT-2: 512 tokens, 768 numbers each, 50,257 words, float32, on the CPU."""
+"""linear_ppo_loss at the head of GPT-2: 2,048 tokens, 768 numbers each, 50,257 words, float32, on the CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from bench.memory import peak_bytes
 from rlhf_fast import ops
 
-ROWS, WIDTH, VOCABULARY = 512, 768, 50_257
+ROWS, WIDTH, VOCABULARY = 2048, 768, 50_257
 ROUNDS = 3
 CHUNK = 64
 
