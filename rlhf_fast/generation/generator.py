@@ -184,7 +184,8 @@ class Generator:
         with self._busy:
             self._abort.clear()
             started = time.perf_counter()
-            spec = self._spec(max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)))
+            lengths = [len(prompt) for prompt in prompts]
+            spec = self._spec(min(lengths), max(length + limit for length, limit in zip(lengths, limits, strict=True)))
             if spec is None:
                 decoded = self._decode_in_batches(prompts, requests, params, watchers)
             else:
@@ -200,14 +201,14 @@ class Generator:
             return {"cpu": "cpp", cuda_backend.DEVICE: "cuda"}.get(self.model.device.type)
         return None if self.backend == "transformers" else self.backend
 
-    def _spec(self, positions: int) -> Spec | None:
+    def _spec(self, shortest: int, longest: int) -> Spec | None:
         """The model as the own decoder wants it; None where transformers decodes."""
         self.stats.backend = "transformers"
         backend = self._own_backend()
         if backend is None:
             return None
         try:
-            spec = describe(self.model, positions, cuda_backend.DEVICE if backend == "cuda" else "cpu")
+            spec = describe(self.model, shortest, longest, cuda_backend.DEVICE if backend == "cuda" else "cpu")
             if backend == "cuda":
                 cuda_backend.check(spec, self.model.device)
         except (UnsupportedError, BuildError) as error:

@@ -27,7 +27,8 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_new",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-_ROPE_KINDS = ("default", "linear", "llama3", "yarn", "proportional")  # the angles do not change with the length
+# Their angles do not change with the length; dynamic's only beyond max_position_embeddings, where no row goes.
+_ROPE_KINDS = ("default", "linear", "llama3", "yarn", "proportional", "dynamic")
 
 
 class UnsupportedError(Exception):
@@ -43,9 +44,10 @@ class Spec:
     linears: dict[int, nn.Module] = field(default_factory=dict)  # with adapters, by their weights' addresses
 
 
-def describe(model: nn.Module, positions: int, device: str = "cpu") -> Spec:
-    """`model`'s description for sequences of up to `positions` tokens, good until its parameters move. All of them are
-    to lie on that kind of device.
+def describe(model: nn.Module, shortest: int, longest: int, device: str = "cpu") -> Spec:
+    """`model`'s description, good until its parameters move. All of them are to lie on that kind of device.
+
+    `shortest`: tokens of the shortest prompt. `longest`: what a sequence grows to at most.
 
     Raises UnsupportedError. BuildError: the decoder cannot be compiled.
     """
@@ -63,7 +65,7 @@ def describe(model: nn.Module, positions: int, device: str = "cpu") -> Spec:
             raise UnsupportedError(f"{path or name} has a forward of its own")
         if _is_of_peft(module) and _full_name(module) != "peft.tuners.lora.layer.Linear":
             raise UnsupportedError(f"{path} is a {_full_name(module)}; of adapters it knows LoRA's on linear layers")
-    return _Describer(model, positions, device).spec()
+    return _Describer(model, shortest, longest, device).spec()
 
 
 def _full_name(module: Any) -> str:
@@ -75,9 +77,9 @@ def _is_of_peft(module: Any) -> bool:
 
 
 class _Describer:
-    def __init__(self, model: Any, positions: int, device: str):
-        self.model, self.positions, self.config = model, positions, model.config.get_text_config()
-        self.device = device
+    def __init__(self, model: Any, shortest: int, longest: int, device: str):
+        self.model, self.config = model, model.config.get_text_config()
+        self.shortest, self.longest, self.device = shortest, longest, device
         self.half = model.dtype in (torch.bfloat16, torch.float16)
         self.cpp: ModuleType = load_generation()
         self.made: list[Tensor] = []
@@ -191,12 +193,17 @@ class _Describer:
     def rotary(self, module: Any, *layer_type: str, interleaved: bool = False) -> Any:
         """The angles' cosines and sines for all positions, from the model's own module."""
         parameters = self.config.rope_parameters
-        kind = (parameters[layer_type[0]] if layer_type else parameters)["rope_type"]
-        if kind not in _ROPE_KINDS:
-            raise UnsupportedError(f"rope_scaling {kind!r}, whose angles change with the length")
+        parameters = parameters[layer_type[0]] if layer_type else parameters
+        kind = parameters["rope_type"]
+        if kind == "longrope":
+            limit = parameters["original_max_position_embeddings"]
+            if self.shortest <= limit < self.longest:
+                raise UnsupportedError(f"rope_scaling 'longrope' of rows that pass {limit} tokens, where its angles change")
+        elif kind not in _ROPE_KINDS:
+            raise UnsupportedError(f"rope_scaling {kind!r}")
         with torch.no_grad():
             device = self.model.device
-            positions = torch.arange(self.positions, device=device)[None]
+            positions = torch.arange(self.longest, device=device)[None]
             tables = module(torch.zeros(1, dtype=self.model.dtype, device=device), positions, *layer_type)
         half = tables[0].shape[-1] // 2
         cos, sin = ((table[0, :, ::2] if interleaved else table[0, :, :half]).float().contiguous() for table in tables)

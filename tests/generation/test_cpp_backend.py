@@ -15,6 +15,13 @@ from tests.families import tiny_model
 
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10], list(range(2, 42))]
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.5, 2.0, 3.0],
+    "long_factor": [2.0, 5.0, 9.0, 20.0],
+}
+
 # family, what differs from tests/families.py
 SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -46,6 +53,7 @@ SHAPES: list[tuple[str, dict[str, Any]]] = [
             }
         },
     ),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
     ("qwen2", {}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "num_key_value_heads": 1}),
     ("qwen3", {}),
@@ -64,6 +72,7 @@ SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("gpt_neox", {"use_parallel_residual": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
     ("phi3", {}),
     ("phi3", {"sliding_window": 6, "num_key_value_heads": 1}),
+    ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 96}),
     ("cohere", {}),
     ("granite", {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}),
 ]
@@ -81,16 +90,18 @@ def same(a: Rollout, b: Rollout) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("tokens", "mask", "logprobs"))
 
 
-def assert_numbers_of_training(model: Any, generator: Generator, max_tokens: int) -> Rollout:
+def assert_numbers_of_training(
+    model: Any, generator: Generator, max_tokens: int, prompts: list[list[int]] = PROMPTS
+) -> Rollout:
     """Log-probs of drawn tokens are the training forward's, greedy tokens its likeliest. Gives the drawn ones, at
     temperature 0.9."""
-    rollout = generator.rollout(PROMPTS, SamplingParams(n=2, max_tokens=max_tokens, temperature=0.9, seed=3))
+    rollout = generator.rollout(prompts, SamplingParams(n=2, max_tokens=max_tokens, temperature=0.9, seed=3))
     drift = (rollout.logprobs - recomputed(model, rollout, 0.9))[rollout.mask].abs()
     assert drift.max() <= 1e-4
     assert drift.mean() <= 1e-5
     assert generator.stats.backend == "cpp"
 
-    greedy = generator.rollout(PROMPTS, SamplingParams(temperature=0, max_tokens=max_tokens))
+    greedy = generator.rollout(prompts, SamplingParams(temperature=0, max_tokens=max_tokens))
     input_ids, rows, positions, ids = greedy.sequences(pad_id=0)
     with torch.no_grad():
         logits = model(input_ids).logits[rows, positions]
@@ -102,6 +113,14 @@ def assert_numbers_of_training(model: Any, generator: Generator, max_tokens: int
 def test_numbers_are_those_of_transformers(family: str, changes: dict[str, Any]) -> None:
     model = tiny_model(family, **changes)
     assert_numbers_of_training(model, Generator(model, backend="cpp", max_batch_size=3), max_tokens=40)
+
+
+def test_prompts_past_longropes_first_context_take_its_long_factors() -> None:
+    model = tiny_model("phi3", rope_parameters=LONGROPE, original_max_position_embeddings=16)
+    generator = Generator(model, backend="cpp")
+    assert_numbers_of_training(model, generator, max_tokens=20, prompts=[list(range(2, 19)), list(range(2, 60))])
+    with pytest.raises(ValueError, match="rows that pass 16 tokens"):
+        generator.rollout([list(range(2, 18)), list(range(2, 60))], SamplingParams(max_tokens=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -243,10 +262,10 @@ UNSUPPORTED: list[tuple[str, dict[str, Any], Any, str]] = [
     ("phi", {}, None, "PhiForCausalLM is not among its families"),
     ("llama", {"hidden_act": "quick_gelu"}, None, "activation 'quick_gelu'"),
     (
-        "llama",
-        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        "phi3",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 42},
         None,
-        "rope_scaling 'dynamic'",
+        "rope_scaling 'longrope' of rows that pass 42 tokens",
     ),
     ("cohere", {"use_qk_norm": True}, None, "norms of queries and keys"),
     ("opt", {"do_layer_norm_before": False}, None, "do_layer_norm_before"),

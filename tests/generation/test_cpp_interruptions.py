@@ -67,7 +67,7 @@ CASES = {  # shape, prompts, new tokens: what most of the work is
 def test_work_between_two_looks_at_the_flag_is_bounded(case: str) -> None:
     shape, prompts, new = CASES[case]
     model, flag = model_of(shape), AbortFlag()
-    spec = describe(model, len(prompts[0]) + new)
+    spec = describe(model, len(prompts[0]), len(prompts[0]) + new)
     requests = [Request(i, new, seed=i, sample=0) for i in range(len(prompts))]
 
     def decode() -> tuple[Any, int]:
