@@ -198,7 +198,7 @@ class _Describer:
         if kind == "longrope":
             limit = parameters["original_max_position_embeddings"]
             if self.shortest <= limit < self.longest:
-                raise UnsupportedError(f"rope_scaling 'longrope' of rows that pass {limit} tokens, where its angles change")
+                raise UnsupportedError(f"rope_scaling 'longrope' of rows that pass {limit} tokens: angles change")
         elif kind not in _ROPE_KINDS:
             raise UnsupportedError(f"rope_scaling {kind!r}")
         with torch.no_grad():
