@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in DISK_TROUBLE:
             raise
         file = f"{error.filename}: " if error.filename else ""
-        print(f"rlhf-fast {args.command}: {file}{error.strerror}. Free some space, then --resume", file=sys.stderr)
+        then = ". Mend that, then --resume" if hasattr(args, "resume") else ""
+        print(f"rlhf-fast {args.command}: {file}{error.strerror}{then}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"rlhf-fast {args.command}: interrupted", file=sys.stderr)
