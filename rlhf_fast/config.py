@@ -146,6 +146,8 @@ class PPOConfig(TrainerConfig):
         None  # per-sequence KL that an adaptive kl_coef steers to (Ziegler et al. 2019); None: fixed
     )
     kl_horizon: int = 10000  # completions over which the controller acts
+    enable_ema: bool = False  # average the policy's weights over the optimiser steps; written as final_ema/ too
+    ema_decay: float = 0.992  # of that average: average <- decay * average + (1 - decay) * weights; fp32
     target_kl: float | None = None  # a mini-batch whose approx_kl exceeds it ends the step's updates
     num_eval_prompts: int = 64  # of eval_data
     num_sample_rows: int = 4  # rollout rows written to samples.jsonl a step

@@ -18,7 +18,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +40,7 @@ from rlhf_fast.distributed import (
     gather_objects,
     init_distributed,
 )
+from rlhf_fast.ema import WeightAverage
 from rlhf_fast.errors import CheckpointError, ConfigError
 
 __all__ = [
@@ -81,6 +82,7 @@ class Engine:
         world: from init_distributed().
         total_steps: optimiser steps of the whole run, for the schedule. Warm-up takes floor(warmup_ratio * total).
         learning_rate, zero_stage: instead of the config's.
+        ema_decay: keep an average of the weights with this decay, taken after each step; see averaged().
     Raises:
         ConfigError: DeepSpeed is not installed, or the dtype or offloading cannot work here.
     """
@@ -94,6 +96,7 @@ class Engine:
         total_steps: int,
         learning_rate: float | None = None,
         zero_stage: int | None = None,
+        ema_decay: float | None = None,
     ) -> None:
         stage = config.zero_stage if zero_stage is None else zero_stage
         if config.offload_optimizer and stage == 0:
@@ -134,6 +137,7 @@ class Engine:
         self._norm: torch.Tensor | None = None  # of the gradient gathered so far, once somebody asked
         if self._stage == 0 and world.world_size == 1:
             self._engine.enable_backward_allreduce = False  # it would only copy every gradient twice
+        self._average = None if ema_decay is None else WeightAverage(self._master_weights(), ema_decay)
 
     def _optimizer(self, config: TrainerConfig, learning_rate: float) -> torch.optim.Optimizer:
         groups = [
@@ -223,6 +227,12 @@ class Engine:
         If any rank's gradient is not finite, no rank changes weights, optimiser state or schedule. The same if the
         norm is above skip_grad_norm.
         """
+        result = self._step()
+        if self._average is not None and not result.skipped:
+            self._average.update()
+        return result
+
+    def _step(self) -> StepResult:
         if self._skip_grad_norm is not None and not self.gradients_are_finite():
             dropped = float(self._gradient_norm()) / self._loss_scale
             self.zero_grad()
@@ -287,8 +297,28 @@ class Engine:
             return [part.grad for part in parts], True
         return [gradient for group in optimizer.averaged_gradients.values() for gradient in group], True
 
+    def _master_weights(self) -> Sequence[torch.Tensor]:
+        """What the optimiser changes: this rank's part of the trained weights, fp32 under half precision."""
+        optimizer = self._engine.optimizer
+        if self._stage == 0:
+            return self._trained
+        if hasattr(optimizer, "fp32_groups_flat_partition"):  # BF16_Optimizer
+            return optimizer.fp32_groups_flat_partition
+        return optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
+
+    def _refresh_module(self) -> None:
+        """Give the module the master weights' values, as a step does at its end."""
+        optimizer = self._engine.optimizer
+        if self._stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self._stage == 3:
+            optimizer.checkpoint_event_prologue()
+            for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            optimizer.checkpoint_event_epilogue()
+
     def save(self, folder: Path) -> None:
-        """Write trained weights, optimiser, schedule and loss scale under `folder`. Every rank calls it.
+        """Write trained weights, optimiser, schedule, loss scale and average under `folder`. Every rank calls it.
 
         Weights that are not trained are not saved: they come from the model's folder.
         """
@@ -297,7 +327,14 @@ class Engine:
             for script in ("zero_to_fp32.py", "zero_to_torch.py"):  # DeepSpeed adds them; load() needs none
                 (folder / script).unlink(missing_ok=True)
             (folder / LAYOUT).write_text(json.dumps(self._layout, indent=1) + "\n", encoding="utf-8")
+        if self._average is not None and (self._stage or self._world.is_main):
+            self._average.save(folder / self._average_file)
         barrier(self._world)
+
+    @property
+    def _average_file(self) -> str:
+        """Each rank's part of the average; at stage 0 all ranks hold the same whole one."""
+        return f"ema-{self._world.rank if self._stage else 0}.pt"
 
     def load(self, folder: Path) -> None:
         """Continue where save() was called: the same bits. Every rank calls it.
@@ -331,6 +368,8 @@ class Engine:
             raise CheckpointError(f"{folder}: holds another model than the one of this run ({error})") from None
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed found no checkpoint in it")
+        if self._average is not None:
+            self._average.load(folder / self._average_file)
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
@@ -348,6 +387,22 @@ class Engine:
                 hooks.clear()
             yield
         partitioning._register_deepspeed_module(partitioning.module)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """As gathered(), with the averaged weights (ema_decay) in the module's dtype. Every rank enters.
+
+        Afterwards the trained weights are back, bit for bit.
+        """
+        assert self._average is not None, "the engine was made without ema_decay"
+        self._average.swap()
+        self._refresh_module()
+        try:
+            with self.gathered():
+                yield
+        finally:
+            self._average.swap()
+            self._refresh_module()
 
 
 def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:

@@ -133,6 +133,8 @@ def ppo_lines(
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     width, micro = BYTES[config.dtype], config.micro_batch_tokens
     lines = [_trained("policy", policy, config, ranks, on_gpu)]
+    if config.enable_ema:  # one more of the optimiser's tensors: two moments and, in half precision, master weights
+        lines.append(Line("policy's average", other=lines[0].optimizer / (3 if width < 4 else 2)))
     if config.value_model == "separate":
         stage = config.value_zero_stage
         of_critic = config if stage is None else replace(config, zero_stage=stage)

@@ -34,8 +34,16 @@ def config(stage: int = 0, dtype: Dtype = "float32", **fields: object) -> SFTCon
     )
 
 
-def engine(world: World, stage: int = 0, dtype: Dtype = "float32", module: nn.Module | None = None, **fields: object):
-    return Engine(module or net(), config=config(stage, dtype, **fields), world=world, total_steps=TOTAL_STEPS)
+def engine(
+    world: World,
+    stage: int = 0,
+    dtype: Dtype = "float32",
+    module: nn.Module | None = None,
+    ema_decay: float | None = None,
+    **fields: object,
+) -> Engine:
+    settings = config(stage, dtype, **fields)
+    return Engine(module or net(), config=settings, world=world, total_steps=TOTAL_STEPS, ema_decay=ema_decay)
 
 
 def loss(model, rows: torch.Tensor) -> torch.Tensor:

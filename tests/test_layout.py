@@ -25,6 +25,7 @@ LAYERS = [
         "checkpoint",
         "data",
         "distributed",
+        "ema",
         "engine",
         "generation",
         "models",

@@ -61,7 +61,7 @@ MAY_NOT_CHANGE: dict[str, str] = {
         (
             OTHER_MODEL,
             """model_name_or_path ref_model_path value_model value_model_path use_peft lora_r lora_alpha lora_dropout
-            lora_target_modules use_rslora""",
+            lora_target_modules use_rslora enable_ema""",
         ),
         (OTHER_LAYOUT, "dtype zero_stage value_zero_stage offload_optimizer offload_param nvme_path"),
         (
@@ -71,7 +71,7 @@ MAY_NOT_CHANGE: dict[str, str] = {
             value_learning_rate max_new_tokens min_new_tokens temperature top_p top_k min_p repetition_penalty
             stop_token_ids semantics num_ppo_epochs num_mini_batches gamma lam cliprange cliprange_high dual_clip
             cliprange_value vf_coef entropy_coef whiten_advantages whiten_rewards kl_coef kl_in kl_estimator kl_target
-            kl_horizon target_kl""",
+            kl_horizon target_kl ema_decay""",
         ),
     )
     for name in names.split()

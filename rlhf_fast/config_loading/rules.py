@@ -86,6 +86,7 @@ RANGES: dict[type[TrainerConfig], dict[str, Range]] = {
         "kl_target": POSITIVE,
         "kl_horizon": AT_LEAST_1,
         "target_kl": POSITIVE,
+        "ema_decay": FROM_0_TO_1,
         "num_eval_prompts": AT_LEAST_1,
         "num_sample_rows": AT_LEAST_0,
     },

@@ -90,7 +90,7 @@ class PPOTrainer:
             engines=engines,
             state={"order": self.order, "kl": self.kl},
             evaluate=self.evaluate,
-            export=self.export,
+            exports=({"final_ema": self.export_average} if config.enable_ema else {}) | {"final": self.export},
             better=lambda metrics: metrics["eval/scores"],
             checkpoint=checkpoint,
             headline={"objective/scores": "score", "objective/kl": "KL", "perf/tokens_per_s": "tok/s"},
@@ -330,6 +330,12 @@ class PPOTrainer:
     def export(self, folder: Path) -> None:
         """Write the policy as AutoModelForCausalLM loads it."""
         with self.models.policy.gathered():
+            if self.world.is_main:
+                save_model(self.models.policy_module, self.tokenizer, folder)
+
+    def export_average(self, folder: Path) -> None:
+        """The same with the averaged weights."""
+        with self.models.policy.averaged():
             if self.world.is_main:
                 save_model(self.models.policy_module, self.tokenizer, folder)
 

@@ -83,7 +83,13 @@ class PPOModels:
         in_parts = config.zero_stage == 3 if config.ref_zero_stage is None else config.ref_zero_stage == 3
         if self.reference is not None and in_parts:
             self.reference = partition_frozen(self.reference, config=config, world=self.world)
-        self.policy = Engine(self.policy_module, config=config, world=self.world, total_steps=total_steps)
+        self.policy = Engine(
+            self.policy_module,
+            config=config,
+            world=self.world,
+            total_steps=total_steps,
+            ema_decay=config.ema_decay if config.enable_ema else None,
+        )
         self.critic: Engine | None = None
         if self.critic_module is None:
             return {"policy": self.policy}

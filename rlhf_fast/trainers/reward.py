@@ -97,7 +97,7 @@ class RewardTrainer:
             engines={"scorer": self.scorer},
             state={"order": self.order},
             evaluate=self.evaluate,
-            export=self.export,
+            exports={"final": self.export},
             better=lambda metrics: metrics["eval/accuracy"],
             checkpoint=checkpoint,
             headline={"loss": "loss", "accuracy": "accuracy", "eval/accuracy": "eval accuracy"},

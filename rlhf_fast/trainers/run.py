@@ -45,7 +45,8 @@ class Run:
     """One run in `config.output_dir`.
 
     engines: what DeepSpeed trains, by name. state: what else a checkpoint holds. evaluate(step) -> metrics named
-    eval/...; export(folder) writes final/. better(metrics) -> a number, higher is better, to keep the best checkpoint.
+    eval/...; exports: what fills each folder that a finished run has, by its name, final/ last. better(metrics) -> a
+    number, higher is better, to keep the best checkpoint.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Run:
         engines: Mapping[str, Engine],
         state: Mapping[str, Stateful],
         evaluate: Callable[[int], Metrics],
-        export: Callable[[Path], None],
+        exports: Mapping[str, Callable[[Path], None]],
         better: Callable[[Metrics], float],
         checkpoint: Path | None,
         headline: Mapping[str, str],
@@ -65,7 +66,7 @@ class Run:
     ) -> None:
         self.config, self.world, self.total_steps = config, world, total_steps
         self.engines, self.state = engines, state
-        self.evaluate, self.export, self.better = evaluate, export, better
+        self.evaluate, self.exports, self.better = evaluate, exports, better
         self.folder = Path(config.output_dir)
         self.headline = headline  # metric -> its short name in the progress bar
         self.warnings = warnings  # for the person and the report, such as skipped rows
@@ -189,8 +190,9 @@ class Run:
         return metrics
 
     def _export(self) -> None:
-        with atomic_dir(self.folder / "final", self.world) as folder:
-            self.export(folder)
+        for name, write in self.exports.items():
+            with atomic_dir(self.folder / name, self.world) as folder:
+                write(folder)
 
     def _finish(self) -> None:
         if self.world.is_main:

@@ -88,7 +88,7 @@ class SFTTrainer:
             engines={"policy": self.policy},
             state={"order": self.order},
             evaluate=self.evaluate,
-            export=self.export,
+            exports={"final": self.export},
             better=lambda metrics: -metrics["eval/loss"],
             checkpoint=checkpoint,
             headline={"loss": "loss", "eval/loss": "eval loss", "perf/tokens_per_s": "tok/s"},

@@ -84,8 +84,12 @@ def result(folder: Path) -> dict[str, Any]:
     """What a run leaves that no interruption may change."""
     rows = [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in read_metrics(folder)]
     samples = (folder / "samples.jsonl").read_text() if (folder / "samples.jsonl").exists() else ""
-    weights = load_file(folder / "final" / "model.safetensors")
-    return {"rows": rows, "samples": samples, "weights": {k: v.view(torch.uint8) for k, v in weights.items()}}
+    weights = {
+        f"{file.parent.name}/{name}": tensor.view(torch.uint8)
+        for file in folder.glob("final*/model.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+    return {"rows": rows, "samples": samples, "weights": weights}
 
 
 def assert_same(folder: Path, expected: dict[str, Any]) -> None:
@@ -138,6 +142,7 @@ def make_workplace(folder: Path, server: ForkServer, model: Path) -> Workplace:
         "save_steps": 2,
         "eval_steps": 3,
         "num_sample_rows": 8,  # every prompt, in order
+        "enable_ema": True,
     }
     return Workplace(folder, server, config)
 

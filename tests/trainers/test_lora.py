@@ -56,8 +56,8 @@ def sft_config(model: Path, folder: Path, **fields: Any) -> SFTConfig:
     return SFTConfig(**{**settings, **LORA, **fields})
 
 
-def adapters_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "final" / "adapter_model.safetensors")
+def adapters_of(folder: Path, final: str = "final") -> dict[str, torch.Tensor]:
+    return load_file(folder / final / "adapter_model.safetensors")
 
 
 def resumed_equals_uninterrupted(trainer: type, config: Any) -> list[Path]:
@@ -102,8 +102,15 @@ def test_sft_trains_adapters_and_goes_on_with_the_same_bits(dtype: str, letters_
 
 @pytest.mark.parametrize("value_model", ["separate", "shared"])
 def test_ppo_goes_on_with_the_same_bits(value_model: str, letters_model: Path, tmp_path: Path) -> None:
-    config = ppo_config(letters_model, tmp_path, value_model=value_model, max_steps=6, save_steps=3, kl_target=1.0)
-    resumed_equals_uninterrupted(PPOWithA, config)
+    config = ppo_config(
+        letters_model, tmp_path, value_model=value_model, max_steps=6, save_steps=3, kl_target=1.0, enable_ema=True
+    )
+    files = resumed_equals_uninterrupted(PPOWithA, config)
+    (average,) = (torch.load(file, weights_only=True) for file in files if file.name == "ema-0.pt")
+    adapters = adapters_of(tmp_path / "run", "final_ema")
+    head = 33 if value_model == "shared" else 0  # the value head's weights on a hidden size of 32
+    assert sum(tensor.numel() for tensor in average) == sum(tensor.numel() for tensor in adapters.values()) + head
+    assert any(not torch.equal(tensor, adapters[name]) for name, tensor in adapters_of(tmp_path / "run").items())
     assert (tmp_path / "run" / "final" / "value_head.safetensors").exists() == (value_model == "shared")
 
 

@@ -23,7 +23,7 @@ MEASURED = ("time/", "perf/", "memory/")  # what the clock says differs; all els
 
 @pytest.fixture(scope="module")
 def config_file(letters_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A PPO config that uses all that has state: two engines, adaptive KL, data order over epochs, evaluation."""
+    """A PPO config that uses all that has state: two engines, averaged weights, adaptive KL, epochs, evaluation."""
     folder = tmp_path_factory.mktemp("resume")
     (folder / "reward.py").write_text(
         "def reward(prompts, completions, **columns):\n    return [float(t.count('a')) for t in completions]\n"
@@ -44,6 +44,7 @@ def config_file(letters_model: Path, tmp_path_factory: pytest.TempPathFactory) -
         "max_steps": STEPS,
         "save_steps": 2,
         "eval_steps": 3,
+        "enable_ema": True,
     }
     (folder / "ppo.yaml").write_text(yaml.safe_dump(config))
     return folder / "ppo.yaml"
@@ -91,8 +92,9 @@ def assert_same_run(output_dir: Path, uninterrupted: Path) -> None:
     rows, expected = comparable(output_dir), comparable(uninterrupted)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert rows == expected
-    ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (output_dir, uninterrupted))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for final in ("final", "final_ema"):
+        ours, theirs = (load_file(folder / final / "model.safetensors") for folder in (output_dir, uninterrupted))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     samples = [(folder / "samples.jsonl").read_text() for folder in (output_dir, uninterrupted)]
     assert samples[0] == samples[1]
 

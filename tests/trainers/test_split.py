@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from .conftest import read_metrics, write_jsonl
 
@@ -73,6 +74,19 @@ def assert_same_run(first: Path, second: Path, stage: int, of: int) -> None:
     assert mine["prompts"] == theirs["prompts"]  # each one once: no two ranks had the same
 
 
+def assert_same_average(first: Path, second: Path, stage: int, of: int) -> None:
+    """final_ema/ of both, which is neither the weights at the end nor those at the beginning."""
+    mine, theirs = (
+        AutoModelForCausalLM.from_pretrained(f / "final_ema")
+        for f in (second / f"stage-{stage}", first / f"stage-{of}")
+    )
+    final = AutoModelForCausalLM.from_pretrained(second / f"stage-{stage}" / "final").state_dict()
+    expected = theirs.state_dict()
+    for name, tensor in mine.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+    assert (mine.lm_head.weight - final["lm_head.weight"]).abs().max() > 1e-4
+
+
 def optimizer_bytes(folder: Path, stage: int) -> list[int]:
     """Sizes of the policy's optimiser files in the checkpoint, one a rank that keeps a part."""
     (checkpoint,) = (folder / f"stage-{stage}" / "checkpoints").glob("step-*")
@@ -80,13 +94,18 @@ def optimizer_bytes(folder: Path, stage: int) -> list[int]:
 
 
 def test_one_rank_and_two_are_the_same_run(letters_model: Path, tmp_path: Path) -> None:
-    config = settings(letters_model, tmp_path, max_steps=2) | {"value_zero_stage": 1, "ref_zero_stage": 3}
+    config = settings(letters_model, tmp_path, max_steps=2) | {
+        "value_zero_stage": 1,
+        "ref_zero_stage": 3,
+        "enable_ema": True,
+    }
     run_on(1, tmp_path / "one", [1], config)
     run_on(2, tmp_path / "two", [2, 3], config)
     whole = optimizer_bytes(tmp_path / "one", 1)
     assert len(whole) == 1
     for stage in (2, 3):
         assert_same_run(tmp_path / "one", tmp_path / "two", stage, of=1)
+        assert_same_average(tmp_path / "one", tmp_path / "two", stage, of=1)
         parts = optimizer_bytes(tmp_path / "two", stage)
         assert len(parts) == 2
         assert all(part < 0.75 * whole[0] for part in parts)  # a half, and what the file itself takes
