@@ -24,7 +24,7 @@ class TrainerConfig:
     system_prompt: str | None = None  # put before every conversation that has no system message of its own
     chat_template: str | None = None  # a Jinja template or a file that holds one; default: the tokenizer's own
     on_bad_row: Literal["error", "skip"] = "error"  # skipped rows are counted and reported
-    max_length: int = 512  # tokens of one sequence; longer ones are cut at the end (SFT) or bad rows (reward)
+    max_length: int = 512  # tokens of one sequence; longer ones are cut at the end (SFT, unsup_data) or bad (reward)
     trust_remote_code: bool = False  # run Python code found in the model's folder
 
     # LoRA: train low-rank adapters beside linear layers instead of the weights (Hu et al. 2021)
@@ -146,6 +146,8 @@ class PPOConfig(TrainerConfig):
         None  # per-sequence KL that an adaptive kl_coef steers to (Ziegler et al. 2019); None: fixed
     )
     kl_horizon: int = 10000  # completions over which the controller acts
+    unsup_coef: float = 0.0  # weight of the cross-entropy of unsup_data in the policy's loss (PPO-ptx); 0: none
+    unsup_data: str | list[str] | None = None  # rows with text, prompt + completion or messages, cut at max_length
     enable_ema: bool = False  # average the policy's weights over the optimiser steps; written as final_ema/ too
     ema_decay: float = 0.992  # of that average: average <- decay * average + (1 - decay) * weights; fp32
     target_kl: float | None = None  # a mini-batch whose approx_kl exceeds it ends the step's updates

@@ -87,10 +87,13 @@ RANGES: dict[type[TrainerConfig], dict[str, Range]] = {
         "kl_horizon": AT_LEAST_1,
         "target_kl": POSITIVE,
         "ema_decay": FROM_0_TO_1,
+        "unsup_coef": AT_LEAST_0,
         "num_eval_prompts": AT_LEAST_1,
         "num_sample_rows": AT_LEAST_0,
     },
 }
+
+DATA = ("train_data", "eval_data", "unsup_data")  # files or folders
 
 HINTS = {
     "skip_grad_norm": "null: no step is dropped for its size",
@@ -142,7 +145,7 @@ def raise_problems(problems: list[str]) -> None:
 def check_paths(config: TrainerConfig) -> None:
     """Raises ConfigError for files and folders that the config names and that are not there. Paths start at the cwd."""
     folders = [("model_name_or_path", config.model_name_or_path)]
-    files = [(name, path) for name in ("train_data", "eval_data") for path in _listed(getattr(config, name))]
+    files = [(name, path) for name in DATA for path in _listed(getattr(config, name, None))]
     if config.chat_template is not None and _is_file_name(config.chat_template):
         files.append(("chat_template", config.chat_template))
     if isinstance(config, PPOConfig):
@@ -260,6 +263,9 @@ def _ppo(c: PPOConfig) -> Iterator[tuple[str, str]]:
         for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
             if getattr(c, name) and c.value_zero_stage < lowest:
                 yield "value_zero_stage", f"{name} needs at least {lowest} for the value model too."
+    if bool(c.unsup_coef) != bool(c.unsup_data):
+        missing, there = ("unsup_data", "unsup_coef") if c.unsup_coef else ("unsup_coef", "unsup_data")
+        yield missing, f"is needed beside {there}: {getattr(c, there)!r}, or leave both out."
     if c.semantics == "dschat":
         yield from _dschat(c)
 
@@ -280,6 +286,8 @@ def _dschat(c: PPOConfig) -> Iterator[tuple[str, str]]:
         "entropy_coef": (0,),
         "value_model": ("separate",),
     }
+    if c.unsup_coef:
+        yield "unsup_coef", "semantics: dschat would take a step of its own for it, which this trainer does not; set it to 0."
     words = {None: "null", False: "false"}
     for name, allowed in needed.items():
         value = getattr(c, name)

@@ -70,10 +70,11 @@ class ChatFormat:
         """
         if self.has_template:
             return self._ids(self._render(as_messages(prompt, "user"), reply=True))
-        text = self._plain(prompt)
-        ids = self._ids(text)
-        # Once: text that begins with BOS itself gets no second one.
-        return ids if ids[: len(self._begin_ids)] == self._begin_ids else self._begin_ids + ids
+        return self._begun_ids(self._plain(prompt))
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a text that is no conversation: BOS if the tokenizer adds one, text, EOS; no template."""
+        return [*self._begun_ids(text), self.tokenizer.eos_token_id]
 
     def encode_completion(self, prompt: Text, completion: Text) -> tuple[list[int], list[int]]:
         """(prompt ids, as encode_prompt gives them; completion ids, which end with `end_token_id`).
@@ -237,6 +238,11 @@ class ChatFormat:
     def _ids(self, text: str) -> list[int]:
         """Ids of a text at its beginning, nothing added. verbose=False: we look at lengths ourselves."""
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def _begun_ids(self, text: str) -> list[int]:
+        """Ids of a text after BOS, once: one that begins with BOS itself gets no second one."""
+        ids = self._ids(text)
+        return ids if ids[: len(self._begin_ids)] == self._begin_ids else self._begin_ids + ids
 
     def _continuation_ids(self, text: str) -> list[int]:
         """Ids of a text that follows another. Tokenizers that put a space in front of a text must not do so here."""

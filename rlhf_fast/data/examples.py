@@ -58,10 +58,11 @@ class Examples(list[Example], Generic[Example]):
 def sft_dataset(
     rows: Rows, chat: ChatFormat, *, max_length: int, completion_only_loss: bool = True
 ) -> Examples[SFTExample]:
-    """Rows of kind "sft" as examples of at most max_length tokens, cut at the end.
+    """Rows of kind "sft" or "unsup" as examples of at most max_length tokens, cut at the end.
 
-    completion_only_loss: learn the completion, or all assistant turns of messages, end markers included; else every
-    token but the first. A row whose cut leaves nothing to learn is a bad row (see `load_rows` for what that means).
+    completion_only_loss: learn the completion, or all assistant turns of messages, end markers included; else, and of
+    a plain text always, every token but the first. A row whose cut leaves nothing to learn is a bad row (see
+    `load_rows` for what that means).
     """
 
     def example(row: dict[str, Any]) -> SFTExample:
@@ -72,7 +73,7 @@ def sft_dataset(
         if not any(mask[:max_length]):
             before = mask.index(True) if True in mask else len(ids)
             raise RowError(
-                "messages" if "messages" in row else "prompt",
+                next(name for name in ("text", "messages", "prompt") if name in row),
                 f"{before} tokens come before what is to be learnt, and max_length is {max_length}; raise max_length",
             )
         return SFTExample(ids[:max_length], mask[:max_length])
@@ -81,6 +82,9 @@ def sft_dataset(
 
 
 def _encode_sft(row: dict[str, Any], chat: ChatFormat) -> tuple[list[int], list[bool]]:
+    if "text" in row:
+        ids = chat.encode_text(row["text"])
+        return ids, [True] * len(ids)
     if "messages" in row:
         return chat.encode_messages(row["messages"])
     if not isinstance(row["prompt"], str) or chat.has_template:

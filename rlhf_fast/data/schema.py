@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from rlhf_fast.errors import DataError
 
-Kind = Literal["sft", "preference", "prompt"]
+Kind = Literal["sft", "preference", "prompt", "unsup"]
 Messages = list[dict[str, Any]]
 Text = str | Messages  # plain text, or a conversation
 
@@ -21,6 +21,7 @@ ROLES = ("system", "user", "assistant", "tool")
 _OTHER_NAMES = {
     "prompt": ("instruction", "question", "query", "input", "context", "messages"),
     "completion": ("response", "output", "answer", "reply", "target"),
+    "text": ("content", "document", "body", "passage"),
     "messages": ("conversations", "conversation", "dialogue", "dialog", "chat", "turns"),
     "chosen": ("preferred", "accepted", "better", "winner", "positive"),
     "rejected": ("dispreferred", "worse", "loser", "negative"),
@@ -42,11 +43,12 @@ def check_row(record: Any, kind: Kind) -> dict[str, Any]:
     """The fields of `kind` in one record, in the form that encoding takes; raises RowError.
 
     sft: {"messages"} or {"prompt", "completion"}. preference: {"prompt", "chosen", "rejected", "margin"}.
-    prompt: {"prompt"} and every other column. prompt and completions are both strings or both lists of messages.
+    prompt: {"prompt"} and every other column. unsup: {"text"}, or as sft. prompt and completions are both strings or
+    both lists of messages.
     """
     if not isinstance(record, dict):
         raise RowError(None, f"a row must be an object with named fields, this is {_type_name(record)}")
-    row = {"sft": _sft, "preference": _preference, "prompt": _prompt_only}[kind](record)
+    row = {"sft": _sft, "preference": _preference, "prompt": _prompt_only, "unsup": _unsup}[kind](record)
     try:
         _refuse_surrogates(row, "")
     except RecursionError:
@@ -65,6 +67,23 @@ def _sft(record: dict[str, Any]) -> dict[str, Any]:
     if not any(m["role"] == "assistant" for m in messages):
         raise RowError("messages", "no assistant turn, so there is nothing to learn")
     return {"messages": messages}
+
+
+def _unsup(record: dict[str, Any]) -> dict[str, Any]:
+    if record.get("text") is None:
+        if all(record.get(name) is None for name in ("messages", "prompt", "completion")):
+            why = "a row has 'text', 'prompt' and 'completion', or 'messages'"
+            raise _missing(record, "text", why, "messages", "completion")
+        return _sft(record)
+    for name in ("messages", "completion"):
+        if record.get(name) is not None:
+            raise RowError("text", f"stands beside '{name}'; keep one of them")
+    text = record["text"]
+    if not isinstance(text, str):
+        raise RowError("text", f"must be a string, this is {_type_name(text)}")
+    if not text.strip():
+        raise RowError("text", "empty" if not text else "only white space")
+    return {"text": text}
 
 
 def _preference(record: dict[str, Any]) -> dict[str, Any]:

@@ -92,13 +92,19 @@ class SharedModel(nn.Module):
         temperature: float = 1.0,
         position_ids: Tensor | None = None,
         ops_backend: Backend = "auto",
-        **ppo_loss: Any,
-    ) -> tuple[Tensor, Tensor, Tensor] | tuple[PPOLoss, Tensor]:
-        """PolicyModel's log-probs and entropies [N], or PPOLoss, and the values [N] of the states before the tokens."""
+        **loss: Any,
+    ) -> tuple[Tensor, Tensor, Tensor] | tuple[PPOLoss, Tensor] | CrossEntropyLoss:
+        """PolicyModel's log-probs and entropies [N], or PPOLoss, and the values [N] of the states before the tokens.
+
+        Its CrossEntropyLoss comes without values. They count 0 there, so that all weights have a gradient, as under
+        ZeRO they must in every micro-batch.
+        """
         hidden = _states(decoder_of(self.model), input_ids, rows, positions, position_ids)
-        found = self.head(hidden, ids, temperature=temperature, ops_backend=ops_backend, **ppo_loss)
+        found = self.head(hidden, ids, temperature=temperature, ops_backend=ops_backend, **loss)
         values = self.value_head(hidden)
-        return (found, values) if ppo_loss else (*found, values)
+        if isinstance(found, CrossEntropyLoss):
+            return found._replace(loss=found.loss + 0 * values.sum())
+        return (found, values) if loss else (*found, values)
 
 
 class ScalarModel(nn.Module):

@@ -22,12 +22,13 @@ from rlhf_fast.data import ChatFormat, EpochOrder, Examples, PromptExample, load
 from rlhf_fast.distributed import all_reduce_sum, gather_objects, init_distributed
 from rlhf_fast.errors import RewardError
 from rlhf_fast.generation import Generator, Rollout
-from rlhf_fast.models import context_length, load_tokenizer, save_model
+from rlhf_fast.models import check_positions, context_length, load_tokenizer, save_model
 from rlhf_fast.rewards import load_reward
 from rlhf_fast.trainers.batching import check_ranks, count_steps, micro_batches, seed_everything
 from rlhf_fast.trainers.experience import Experience, Scored, mix_seed, sample, score
 from rlhf_fast.trainers.ppo_metrics import MeanMetrics, experience_metrics, row_mean, sequence_kl, summed
 from rlhf_fast.trainers.ppo_models import PPOModels, sequence_lengths
+from rlhf_fast.trainers.ptx import PTXMixture
 from rlhf_fast.trainers.run import Metrics, Run
 from rlhf_fast.trainers.run_folder import open_run_folder
 
@@ -56,6 +57,11 @@ class PPOTrainer:
         context = context_length(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
         self.train_prompts = self._load(config.train_data, context)
         self.eval_prompts = self._load(config.eval_data or [], context)
+        self.ptx: PTXMixture | None = None
+        if config.unsup_data:
+            self.ptx = PTXMixture(config, self.chat, self.tokenizer.pad_token_id, self.world)
+        loaded: list[Examples[Any]] = [self.train_prompts, self.eval_prompts]
+        loaded += [self.ptx.rows] if self.ptx else []
         self.reward = load_reward(reward or config.reward, timeout=config.reward_timeout, device=str(self.world.device))
         prompts_per_step = config.batch_size // config.num_generations
         self.total_steps = count_steps(config, len(self.train_prompts), prompts_per_step)
@@ -63,6 +69,9 @@ class PPOTrainer:
         longest = max(len(prompt.prompt_ids) for prompt in [*self.train_prompts, *self.eval_prompts])
         longest += config.max_new_tokens
         self.models.check_positions(longest if context is None else min(longest, context))
+        if self.ptx:
+            longest = max(len(row.input_ids) for row in self.ptx.rows)
+            check_positions(self.models.causal_lm, longest, "lower max_length")
 
         checkpoint = open_run_folder(config, self.world, resume=resume)
         engines = self.models.make_engines(self.total_steps * config.num_ppo_epochs * config.num_mini_batches)
@@ -88,13 +97,13 @@ class PPOTrainer:
             self.world,
             total_steps=self.total_steps,
             engines=engines,
-            state={"order": self.order, "kl": self.kl},
+            state={"order": self.order, "kl": self.kl} | ({"ptx": self.ptx.order} if self.ptx else {}),
             evaluate=self.evaluate,
             exports=({"final_ema": self.export_average} if config.enable_ema else {}) | {"final": self.export},
             better=lambda metrics: metrics["eval/scores"],
             checkpoint=checkpoint,
             headline={"objective/scores": "score", "objective/kl": "KL", "perf/tokens_per_s": "tok/s"},
-            warnings=[data.report() for data in (self.train_prompts, self.eval_prompts) if data.bad_rows],
+            warnings=[data.report() for data in loaded if data.bad_rows],
         )
 
     # ---- the loop -------------------------------------------------------------------------------------------------
@@ -229,7 +238,8 @@ class PPOTrainer:
         log = MeanMetrics()
         for epoch in range(self.config.num_ppo_epochs):
             for rows in self._mini_batches(len(experience.mask), step, epoch):
-                stats = self.accumulate(experience.select(rows))
+                mixed = self.ptx.accumulate(self.models.policy) if self.ptx else {}
+                stats = self.accumulate(experience.select(rows)) | mixed
                 drift = {name: stats.pop(name) for name in DRIFT}
                 if log.count == 0:  # the weights are still those that sampled
                     self.run.log(drift)

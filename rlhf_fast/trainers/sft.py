@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from rlhf_fast import ops
 from rlhf_fast.config import SFTConfig
 from rlhf_fast.config_loading import check_config, check_paths
 from rlhf_fast.data import (
@@ -18,10 +17,9 @@ from rlhf_fast.data import (
     SFTExample,
     load_rows,
     pack,
-    pad_right,
     sft_dataset,
 )
-from rlhf_fast.distributed import all_reduce_sum, init_distributed
+from rlhf_fast.distributed import init_distributed
 from rlhf_fast.engine import Engine
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.models import (
@@ -35,7 +33,8 @@ from rlhf_fast.models import (
     set_gradient_checkpointing,
     supports_packing,
 )
-from rlhf_fast.trainers.batching import check_ranks, count_steps, micro_batches, seed_everything
+from rlhf_fast.trainers.batching import check_ranks, count_steps, seed_everything
+from rlhf_fast.trainers.cross_entropy import CrossEntropy
 from rlhf_fast.trainers.run import Metrics, Run
 from rlhf_fast.trainers.run_folder import open_run_folder
 
@@ -74,6 +73,12 @@ class SFTTrainer:
 
         checkpoint = open_run_folder(config, self.world, resume=resume)
         self.policy = Engine(PolicyModel(self.model), config=config, world=self.world, total_steps=self.total_steps)
+        self.cross_entropy = CrossEntropy(
+            self.world,
+            pad_id=self.tokenizer.pad_token_id,
+            micro_batch_tokens=config.micro_batch_tokens,
+            ops_backend=config.ops_backend,
+        )
         self.order = EpochOrder(
             len(self.train_rows),
             config.batch_size,
@@ -116,36 +121,12 @@ class SFTTrainer:
 
     def accumulate(self, rows: Sequence[SFTExample | PackedSequence]) -> Metrics:
         """Add the gradients of one step's rows; returns means over the trained tokens of all ranks."""
-        num_tokens = self._count(rows)
-        batches = micro_batches([len(row.input_ids) for row in rows], self.config.micro_batch_tokens, self.world)
+        num_tokens = self.cross_entropy.count(rows)
         shares = []
-        for i, batch in enumerate(batches):
-            # An empty micro-batch runs row 0 with no weight (see micro_batches).
-            found = self.loss([rows[j] for j in batch or [0]], num_tokens, used=bool(batch))
-            self.policy.backward(found.loss, last=i == len(batches) - 1)
+        for found, last in self.cross_entropy.losses(self.policy, rows, num_tokens, spare=rows[0]):
+            self.policy.backward(found.loss, last=last)
             shares.append(found)
-        return {**self._means(shares), "num_tokens": num_tokens}
-
-    def loss(self, rows: Sequence[SFTExample | PackedSequence], num_tokens: int, *, used: bool) -> ops.CrossEntropyLoss:
-        """Cross-entropy and accuracy of the trained tokens of some rows, as sums over them divided by num_tokens."""
-        device = self.world.device
-        input_ids = pad_right([row.input_ids for row in rows], self.tokenizer.pad_token_id, device)
-        trained = pad_right([row.loss_mask for row in rows], 0, device).bool()
-        trained[:, 0] = False  # nothing comes before the first token
-        index, position = trained.nonzero(as_tuple=True)
-        position_ids = None
-        if isinstance(rows[0], PackedSequence):
-            position_ids = pad_right([row.position_ids for row in rows], 0, device)  # type: ignore[union-attr]
-        return self.policy(
-            input_ids,
-            index,
-            position - 1,
-            input_ids[index, position],
-            position_ids=position_ids,
-            ops_backend=self.config.ops_backend,
-            mask=torch.full_like(index, used, dtype=torch.bool),
-            num_tokens=num_tokens,
-        )
+        return {**self.cross_entropy.means(shares), "num_tokens": num_tokens}
 
     @torch.no_grad()
     def evaluate(self, step: int) -> Metrics:
@@ -153,22 +134,9 @@ class SFTTrainer:
         if not self.eval_rows:
             return {}
         rows = self.eval_rows[self.world.rank :: self.world.world_size]
-        num_tokens = self._count(rows)
-        batches = micro_batches([len(row.input_ids) for row in rows], self.config.micro_batch_tokens, self.world)
-        shares = [
-            self.loss([rows[j] for j in batch] or self.eval_rows[:1], num_tokens, used=bool(batch)) for batch in batches
-        ]
-        return {f"eval/{name}": value for name, value in self._means(shares).items()}
-
-    def _count(self, rows: Sequence[SFTExample | PackedSequence]) -> int:
-        """Trained tokens of rows on all ranks, at least 1."""
-        return max(int(all_reduce_sum(sum(sum(row.loss_mask[1:]) for row in rows), self.world)), 1)
-
-    def _means(self, shares: Sequence[ops.CrossEntropyLoss]) -> Metrics:
-        """Of all micro-batches on all ranks."""
-        parts = torch.stack([torch.stack([share.loss.detach(), share.stats["accuracy"]]) for share in shares])
-        loss, accuracy = all_reduce_sum(parts.double().sum(0), self.world).tolist()
-        return {"loss": loss, "mean_token_accuracy": accuracy}
+        num_tokens = self.cross_entropy.count(rows)
+        shares = [found for found, _ in self.cross_entropy.losses(self.policy, rows, num_tokens, self.eval_rows[0])]
+        return {f"eval/{name}": value for name, value in self.cross_entropy.means(shares).items()}
 
     def export(self, folder: Path) -> None:
         """Write the model, or its adapters, as transformers loads it."""

@@ -22,7 +22,7 @@ def block(language: str, kind: str = "") -> str:
 
 
 def test_all_blocks_are_run_here() -> None:
-    kinds = ["sft", "preference", "prompt"]
+    kinds = ["sft", "preference", "prompt", "unsup"]
     assert [b[:2] for b in BLOCKS] == [*(("jsonl", kind) for kind in kinds), ("python", ""), ("text", "")]
 
 
@@ -48,6 +48,17 @@ def test_prompt_rows(tmp_path: Path) -> None:
     chat = ChatFormat(byte_tokenizer(True))
     examples = prompt_dataset(load_rows(str(path), kind="prompt"), chat, max_prompt_length=99)
     assert [e.columns for e in examples] == [{"answer": 42, "level": "easy"}, {"answer": 12, "level": None}]
+
+
+def test_unsup_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(block("jsonl", "unsup"), encoding="utf-8")
+    tokenizer = byte_tokenizer(True)
+    text, pair = sft_dataset(load_rows(str(path), kind="unsup"), ChatFormat(tokenizer), max_length=99)
+    assert tokenizer.decode(text.input_ids) == "The Nile is a river in Africa.<|end|>"
+    assert text.loss_mask == [False] + [True] * 30
+    learnt = [token for token, wanted in zip(pair.input_ids, pair.loss_mask, strict=True) if wanted]
+    assert tokenizer.decode(learnt) == " Paris.<|end|>"
 
 
 def test_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,8 @@ def error(path: str | list[str], kind: str = "sft", **options: Any) -> str:
 
 def row_error(tmp_path: Path, row: Any, kind: str) -> str:
     """The message for one bad row, which is line 2 of its file."""
-    good = {"sft": SFT, "preference": {"prompt": "a", "chosen": "b", "rejected": "c"}, "prompt": {"prompt": "a"}}[kind]
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    good = {"sft": SFT, "preference": pair, "prompt": {"prompt": "a"}, "unsup": {"text": "a"}}[kind]
     path = write(tmp_path / "data.jsonl", good, row)
     message = error(path, kind)
     prefix = f"{path}:2: "
@@ -291,6 +292,12 @@ BAD_ROWS: list[tuple[str, Any, str]] = [
     ("preference", {"prompt": "a", "chosen": "b"}, "field 'rejected': missing; the row has 'prompt', 'chosen'"),
     ("preference", {"chosen": "ab", "rejected": "ac"}, "field 'prompt': missing; only whole conversations"),
     ("prompt", {"question": "a"}, "field 'prompt': missing; there is 'question'"),
+    ("unsup", {}, "field 'text': missing; a row has 'text', 'prompt' and 'completion', or 'messages'; the row has no"),
+    ("unsup", {"document": "a"}, "field 'text': missing; there is 'document': rename it to 'text'"),
+    ("unsup", {"prompt": "a", "response": "b"}, "field 'completion': missing; there is 'response'"),
+    ("unsup", {"text": "a", "messages": [USER, ASSISTANT]}, "field 'text': stands beside 'messages'; keep one"),
+    ("unsup", {"text": ["a"]}, "field 'text': must be a string, this is a list"),
+    ("unsup", {"text": ""}, "field 'text': empty"),
     # types
     ("sft", {"prompt": 3, "completion": "b"}, "field 'prompt': must be a string or a list of messages, this is a num"),
     ("sft", {"prompt": "a", "completion": {}}, "field 'completion': must be a string or a list of messages, this is"),

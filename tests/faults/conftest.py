@@ -143,6 +143,8 @@ def make_workplace(folder: Path, server: ForkServer, model: Path) -> Workplace:
         "eval_steps": 3,
         "num_sample_rows": 8,  # every prompt, in order
         "enable_ema": True,
+        "unsup_coef": 0.5,
+        "unsup_data": write_jsonl(folder / "texts.jsonl", [{"text": p} for p in PROMPTS[:11]]),
     }
     return Workplace(folder, server, config)
 

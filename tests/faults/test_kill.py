@@ -99,6 +99,7 @@ SUPERVISED = {"sft": {"prompt": "ab", "completion": "xy"}, "reward": {"prompt": 
 @pytest.mark.parametrize("command", SUPERVISED)
 def test_the_other_trainers(command: str, moment: str, workplace: Workplace) -> None:
     drop = ("reward", "max_new_tokens", "num_mini_batches", "kl_target", "num_sample_rows", "enable_ema")
+    drop += ("unsup_coef", "unsup_data")
     workplace.config = {key: value for key, value in workplace.config.items() if key not in drop}
     rows = [SUPERVISED[command] | {"prompt": prompt} for prompt in PROMPTS]
     write_jsonl(workplace.folder / "prompts.jsonl", rows)

@@ -91,7 +91,8 @@ def test_activations_of_one_model_are_alive_at_a_time(letters_model: Path, tmp_p
 def test_every_metric_is_in_the_docs(letters_model: Path, tmp_path: Path) -> None:
     options = {"num_ppo_epochs": 2, "target_kl": 1e-9, "save_steps": 1, "learning_rate": 1e-3, "max_steps": 2}
     held_out = write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "x"}])
-    make_trainer(letters_model, tmp_path, eval_data=held_out, **options).train()
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "ab"}])
+    make_trainer(letters_model, tmp_path, eval_data=held_out, unsup_coef=1.0, unsup_data=texts, **options).train()
     docs = (Path(__file__).parents[2] / "docs" / "ppo.md").read_text(encoding="utf-8")
     names = {name for row in read_metrics(tmp_path / "run") for name in row}
     assert {"policy/stopped_early", "eval_before/scores", "time/save"} <= names

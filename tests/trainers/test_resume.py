@@ -23,7 +23,7 @@ MEASURED = ("time/", "perf/", "memory/")  # what the clock says differs; all els
 
 @pytest.fixture(scope="module")
 def config_file(letters_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A PPO config that uses all that has state: two engines, averaged weights, adaptive KL, epochs, evaluation."""
+    """A PPO config that uses all that has state: two engines, averaged weights, adaptive KL, epochs of two data sets."""
     folder = tmp_path_factory.mktemp("resume")
     (folder / "reward.py").write_text(
         "def reward(prompts, completions, **columns):\n    return [float(t.count('a')) for t in completions]\n"
@@ -45,6 +45,8 @@ def config_file(letters_model: Path, tmp_path_factory: pytest.TempPathFactory) -
         "save_steps": 2,
         "eval_steps": 3,
         "enable_ema": True,
+        "unsup_coef": 0.5,
+        "unsup_data": write_jsonl(folder / "texts.jsonl", [{"text": "ab" * n} for n in range(1, 12)]),
     }
     (folder / "ppo.yaml").write_text(yaml.safe_dump(config))
     return folder / "ppo.yaml"

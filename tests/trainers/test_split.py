@@ -63,6 +63,7 @@ def assert_same_run(first: Path, second: Path, stage: int, of: int) -> None:
     mine, theirs = (read_metrics(folder / f"stage-{s}") for folder, s in ((second, stage), (first, of)))
     names = ["objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "grad_norm", "value/grad_norm"]
     for a, b in zip(theirs, mine, strict=True):
+        names += ["loss/ptx_avg"] if "loss/ptx_avg" in a else []
         for name in [*names, "policy/entropy_avg", "policy/approxkl_avg", "num_tokens", "objective/kl_coef"]:
             tolerance = 1e-5 if a["step"] == 1 else 1e-4
             assert b[name] == pytest.approx(a[name], rel=tolerance, abs=tolerance), (b["step"], name)
@@ -98,6 +99,8 @@ def test_one_rank_and_two_are_the_same_run(letters_model: Path, tmp_path: Path) 
         "value_zero_stage": 1,
         "ref_zero_stage": 3,
         "enable_ema": True,
+        "unsup_coef": 2.0,
+        "unsup_data": write_jsonl(tmp_path / "texts.jsonl", [{"text": "ab" * n + "xy"} for n in (1, 9, 3, 6, 2)]),
     }
     run_on(1, tmp_path / "one", [1], config)
     run_on(2, tmp_path / "two", [2, 3], config)
