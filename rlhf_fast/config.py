@@ -109,6 +109,7 @@ class PPOConfig(TrainerConfig):
     value_model_path: str | None = None  # a reward model's folder is a good start
     value_learning_rate: float | None = None  # None: learning_rate
     value_zero_stage: Literal[0, 1, 2, 3] | None = None  # of a separate value model; None: zero_stage
+    critic_warmup: int = 0  # steps at the beginning in which a separate value model learns and the policy does not
     ref_zero_stage: Literal[0, 3] | None = None  # 3: each rank holds a part of its weights; None: 3 with zero_stage 3
 
     # Rollout: batch_size completions a step, num_generations for each prompt

@@ -257,6 +257,17 @@ def test_resume_continues_the_same_bits(world: World, tmp_path: Path, stage: int
         assert_same(weights(second), weights(straight))
 
 
+@pytest.mark.parametrize(("stage", "dtype"), KINDS)
+def test_an_engine_that_has_not_stepped_is_saved_too(world: World, tmp_path: Path, stage: int, dtype: str) -> None:
+    first = engine(world, stage, dtype)
+    first.save(tmp_path / "policy")
+    second = engine(world, stage, dtype, module=nn.Sequential(*list(net())).apply(scramble))
+    second.load(tmp_path / "policy")
+    for step in range(2):
+        assert train_step(second, [batch(step)]) == train_step(first, [batch(step)])
+    assert_same(weights(second), weights(first))
+
+
 def scramble(module: nn.Module) -> None:
     for parameter in module.parameters(recurse=False):
         nn.init.normal_(parameter)

@@ -71,7 +71,7 @@ MAY_NOT_CHANGE: dict[str, str] = {
             value_learning_rate max_new_tokens min_new_tokens temperature top_p top_k min_p repetition_penalty
             stop_token_ids semantics num_ppo_epochs num_mini_batches gamma lam cliprange cliprange_high dual_clip
             cliprange_value vf_coef entropy_coef whiten_advantages whiten_rewards kl_coef kl_in kl_estimator kl_target
-            kl_horizon target_kl ema_decay unsup_coef""",
+            kl_horizon target_kl ema_decay unsup_coef critic_warmup""",
         ),
     )
     for name in names.split()

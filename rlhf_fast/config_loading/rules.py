@@ -64,6 +64,7 @@ RANGES: dict[type[TrainerConfig], dict[str, Range]] = {
         "missing_eos_penalty": AT_LEAST_0,
         "clip_score": POSITIVE,
         "value_learning_rate": AT_LEAST_0,
+        "critic_warmup": AT_LEAST_0,
         "num_generations": AT_LEAST_1,
         "max_prompt_length": AT_LEAST_1,
         "max_new_tokens": AT_LEAST_1,
@@ -259,6 +260,8 @@ def _ppo(c: PPOConfig) -> Iterator[tuple[str, str]]:
         for name in ("value_model_path", "value_learning_rate", "value_zero_stage"):
             if getattr(c, name) is not None:
                 yield name, "a shared value head has no model and no optimizer of its own: leave it null."
+        if c.critic_warmup:
+            yield "critic_warmup", "the value loss moves a shared trunk, and with it the policy: set it to 0."
     if c.value_zero_stage is not None:
         for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
             if getattr(c, name) and c.value_zero_stage < lowest:
@@ -287,7 +290,10 @@ def _dschat(c: PPOConfig) -> Iterator[tuple[str, str]]:
         "value_model": ("separate",),
     }
     if c.unsup_coef:
-        yield "unsup_coef", "semantics: dschat would take a step of its own for it, which this trainer does not; set it to 0."
+        yield (
+            "unsup_coef",
+            "semantics: dschat would take a step of its own for it, which this trainer does not; set it to 0.",
+        )
     words = {None: "null", False: "false"}
     for name, allowed in needed.items():
         value = getattr(c, name)

@@ -30,9 +30,10 @@ def count_steps(config: TrainerConfig, rows: int, rows_per_step: int) -> int:
     """Optimiser steps (PPO: rollouts) of the whole run."""
     if rows == 0:
         raise ConfigError(f"train_data: no usable rows in {config.train_data}")
-    if config.max_steps is not None:
-        return config.max_steps
-    return max(1, math.ceil(config.num_train_epochs * rows / rows_per_step))
+    steps = config.max_steps or max(1, math.ceil(config.num_train_epochs * rows / rows_per_step))
+    if isinstance(config, PPOConfig) and config.critic_warmup >= steps:
+        raise ConfigError(f"critic_warmup: in all {steps} steps of the run the policy would learn nothing; lower it")
+    return steps
 
 
 def check_ranks(config: TrainerConfig, world: World) -> None:

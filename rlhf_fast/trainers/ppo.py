@@ -74,7 +74,7 @@ class PPOTrainer:
             check_positions(self.models.causal_lm, longest, "lower max_length")
 
         checkpoint = open_run_folder(config, self.world, resume=resume)
-        engines = self.models.make_engines(self.total_steps * config.num_ppo_epochs * config.num_mini_batches)
+        engines = self.models.make_engines(self.total_steps)
         self.generator = Generator(
             self.models.causal_lm,
             self.tokenizer,
@@ -174,7 +174,7 @@ class PPOTrainer:
         self.run.log(metrics)
         self.run.log_samples(self.run.step, "train", scored.rows(kl, config.num_sample_rows))
         kl_coef = self.kl.value
-        if kl is not None:
+        if kl is not None and self.policy_learns:
             self.kl.update(metrics["objective/kl"], config.batch_size)  # for the next rollout
         return Experience(rollout, mask, logprobs, ref_logprobs, values, advantages, returns, kl_coef)
 
@@ -238,12 +238,12 @@ class PPOTrainer:
         log = MeanMetrics()
         for epoch in range(self.config.num_ppo_epochs):
             for rows in self._mini_batches(len(experience.mask), step, epoch):
-                mixed = self.ptx.accumulate(self.models.policy) if self.ptx else {}
+                mixed = self.ptx.accumulate(self.models.policy) if self.ptx and self.policy_learns else {}
                 stats = self.accumulate(experience.select(rows)) | mixed
-                drift = {name: stats.pop(name) for name in DRIFT}
+                drift = {name: stats.pop(name) for name in DRIFT if name in stats}
                 if log.count == 0:  # the weights are still those that sampled
                     self.run.log(drift)
-                elif self.config.target_kl is not None and stats["policy/approxkl_avg"] > self.config.target_kl:
+                elif self.config.target_kl is not None and stats.get("policy/approxkl_avg", 0) > self.config.target_kl:
                     self._zero_grad()
                     self.run.log({**log.means(), "policy/stopped_early": 1.0})
                     return
@@ -290,33 +290,38 @@ class PPOTrainer:
             "cliprange_value": config.cliprange_value,
         }
         inputs = part.rollout.sequences(self.tokenizer.pad_token_id)
-        policy, value = self.models.backward(inputs, ppo_loss, value_loss, last=last)
+        policy, value = self.models.backward(inputs, ppo_loss, value_loss, policy_learns=self.policy_learns, last=last)
+        stats = {"loss/value_avg": value.loss.detach(), "val/clipfrac_avg": value.stats["value_clip_fraction"]}
+        if policy is None:
+            return stats
         gap = torch.where(shared["mask"], policy.stats["logprobs"] - part.rollout.logprobs[tokens], 0.0).abs()
-        return {
+        return stats | {
             "loss/policy_avg": policy.policy_loss.detach(),
-            "loss/value_avg": value.loss.detach(),
             "policy/approxkl_avg": policy.stats["approx_kl"],
             "policy/clipfrac_avg": policy.stats["clip_fraction"],
             "policy/entropy_avg": policy.stats["entropy"],
             "policy/ratio_max": policy.stats["ratio_max"],
-            "val/clipfrac_avg": value.stats["value_clip_fraction"],
             "rollout/logprob_drift_max": gap.max(),
             "rollout/logprob_drift_mean": gap.sum() / num_tokens,
         }
 
     def step(self) -> Metrics:
-        """One optimiser step of the policy and the critic: both, or neither when a gradient of either is not finite."""
-        rates = {"lr": self.models.policy.learning_rate}
-        finite = [engine.gradients_are_finite() for engine in self.run.engines.values()]  # a collective: ask them all
+        """One optimiser step of all that learns: of each, or of none when a gradient of one is not finite."""
+        learning = [name for name in self.run.engines if name != "policy" or self.policy_learns]
+        engines = {name: self.run.engines[name] for name in learning}
+        rates = {"lr": engines["policy"].learning_rate} if "policy" in engines else {}
+        finite = [engine.gradients_are_finite() for engine in engines.values()]  # a collective: ask them all
         self.run.check_finite(not all(finite))
         if not all(finite):
             self._zero_grad()
             return rates
-        results = {name: engine.step() for name, engine in self.run.engines.items()}
-        norms = {"grad_norm": results["policy"].grad_norm}
-        if "critic" in results:
-            norms["value/grad_norm"] = results["critic"].grad_norm
-        return rates | norms
+        norms = {"policy": "grad_norm", "critic": "value/grad_norm"}
+        return rates | {norms[name]: engine.step().grad_norm for name, engine in engines.items()}
+
+    @property
+    def policy_learns(self) -> bool:
+        """False while the critic warms up: the policy, its schedule and the KL controller then stay as they are."""
+        return not 0 < self.run.step <= self.config.critic_warmup  # step 0: before the first
 
     # ---- evaluation and export ------------------------------------------------------------------------------------
 

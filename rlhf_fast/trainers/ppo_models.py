@@ -78,8 +78,9 @@ class PPOModels:
                 check_positions(model, longest, "shorten prompts or lower max_new_tokens")
 
     def make_engines(self, total_steps: int) -> dict[str, Engine]:
-        """Hand the models to DeepSpeed, each with its ZeRO stage; total_steps: optimiser steps of the whole run."""
+        """Hand the models to DeepSpeed, each with its ZeRO stage; total_steps: rollouts of the whole run."""
         config = self.config
+        updates = config.num_ppo_epochs * config.num_mini_batches
         in_parts = config.zero_stage == 3 if config.ref_zero_stage is None else config.ref_zero_stage == 3
         if self.reference is not None and in_parts:
             self.reference = partition_frozen(self.reference, config=config, world=self.world)
@@ -87,7 +88,7 @@ class PPOModels:
             self.policy_module,
             config=config,
             world=self.world,
-            total_steps=total_steps,
+            total_steps=(total_steps - config.critic_warmup) * updates,
             ema_decay=config.ema_decay if config.enable_ema else None,
         )
         self.critic: Engine | None = None
@@ -97,17 +98,24 @@ class PPOModels:
             self.critic_module,
             config=config,
             world=self.world,
-            total_steps=total_steps,
+            total_steps=total_steps * updates,
             learning_rate=config.value_learning_rate,
             zero_stage=config.value_zero_stage,
         )
         return {"policy": self.policy, "critic": self.critic}
 
     def backward(
-        self, inputs: Inputs, ppo_loss: dict[str, Any], value_loss: dict[str, Any], *, last: bool
-    ) -> tuple[ops.PPOLoss, ops.ValueLoss]:
+        self,
+        inputs: Inputs,
+        ppo_loss: dict[str, Any],
+        value_loss: dict[str, Any],
+        *,
+        policy_learns: bool,
+        last: bool,
+    ) -> tuple[ops.PPOLoss | None, ops.ValueLoss]:
         """Losses of one micro-batch and their gradients; on a shared trunk vf_coef weighs the value loss.
 
+        policy_learns: False while a critic of its own warms up. There is no policy loss then.
         ppo_loss, value_loss: the arguments, [N], of these ops besides what the models give. A critic of its own runs
         after the policy's backward, so that the activations of one model are alive at a time.
         """
@@ -117,8 +125,10 @@ class PPOModels:
             value = ops.value_loss(values, **value_loss, backend=self.config.ops_backend)
             self.policy.backward(policy.policy_loss + self.config.vf_coef * value.loss, last=last)
         else:
-            policy = self.policy(*inputs, **arguments)
-            self.policy.backward(policy.policy_loss, last=last)
+            policy = None
+            if policy_learns:
+                policy = self.policy(*inputs, **arguments)
+                self.policy.backward(policy.policy_loss, last=last)
             value = ops.value_loss(self.critic(*inputs[:3]), **value_loss, backend=self.config.ops_backend)
             self.critic.backward(value.loss, last=last)
         return policy, value

@@ -68,7 +68,9 @@ def test_gradients_equal_plain_pytorch(
 
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     losses = [
-        F.cross_entropy(plain(torch.tensor([ids])).logits[0, start - 1 : -1], torch.tensor(ids[start:]), reduction="sum")
+        F.cross_entropy(
+            plain(torch.tensor([ids])).logits[0, start - 1 : -1], torch.tensor(ids[start:]), reduction="sum"
+        )
         for _, ids, start in ROWS
     ]
     mean = sum(losses) / sum(len(ids) - start for _, ids, start in ROWS)

@@ -23,7 +23,7 @@ MEASURED = ("time/", "perf/", "memory/")  # what the clock says differs; all els
 
 @pytest.fixture(scope="module")
 def config_file(letters_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A PPO config that uses all that has state: two engines, averaged weights, adaptive KL, epochs of two data sets."""
+    """A PPO config that uses all that has state: two engines, averaged weights, adaptive KL, two data sets."""
     folder = tmp_path_factory.mktemp("resume")
     (folder / "reward.py").write_text(
         "def reward(prompts, completions, **columns):\n    return [float(t.count('a')) for t in completions]\n"
