@@ -112,6 +112,9 @@ class PPOConfig(TrainerConfig):
     critic_warmup: int = 0  # steps at the beginning in which a separate value model learns and the policy does not
     ref_zero_stage: Literal[0, 3] | None = None  # 3: each rank holds a part of its weights; None: 3 with zero_stage 3
 
+    offload_ref: bool = False  # the reference's weights on the CPU except while it is asked
+    offload_reward: bool = False  # the same of reward models
+
     # Rollout: batch_size completions a step, num_generations for each prompt
     num_generations: int = 1
     max_prompt_length: int = 256

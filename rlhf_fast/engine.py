@@ -418,11 +418,11 @@ def _home_of_weights(config: TrainerConfig) -> dict[str, Any]:
     return {"device": "nvme", "nvme_path": config.nvme_path, "pin_memory": True}
 
 
-def partition_frozen(module: nn.Module, *, config: TrainerConfig, world: World) -> nn.Module:
-    """A model that is only asked, under ZeRO-3: each rank keeps a part of its weights (in the host's memory or on disk
-    where config.offload_param says so) and has a layer's whole while that runs. All ranks call its forward alike."""
+def partition_frozen(module: nn.Module, *, config: TrainerConfig, world: World, offload: bool) -> nn.Module:
+    """A model that is only asked, under ZeRO-3: each rank keeps a part of its weights (offload: in the host's memory,
+    or on disk with config.nvme_path) and has a layer's whole while that runs. All ranks call its forward alike."""
     zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": PERSISTENT}
-    if config.offload_param and world.device.type != "cpu":
+    if offload and world.device.type != "cpu":
         zero["offload_param"] = _home_of_weights(config)
     engine, *_ = _import_deepspeed(world).initialize(
         model=module,

@@ -98,10 +98,15 @@ def memory_plan(config: TrainerConfig, *, world_size: int | None = None) -> Plan
     if isinstance(config, PPOConfig):
         reference = _shape(config.ref_model_path or config.model_name_or_path, replace(config, use_peft=False))
         critic = _shape(config.value_model_path or config.model_name_or_path, config)
-        lines += ppo_lines(shape, config, ranks, critic=critic, reference=reference)
-        for name in _reward_folders(config.reward):
-            classifier = _without_weights(name, "SequenceClassification", code)
-            lines.append(Line(f"reward {Path(name).name}", weights=4 * _parameters(classifier)))
+        rewards = {
+            f"reward {Path(name).name}": 4.0 * _parameters(_without_weights(name, "SequenceClassification", code))
+            for name in _reward_folders(config.reward)
+        }
+        fetched = 0.0
+        if config.offload_reward and torch.cuda.is_available():  # one at a time is on the GPU
+            fetched, rewards = max(rewards.values(), default=0.0), {}
+        lines += ppo_lines(shape, config, ranks, critic=critic, reference=reference, fetched=fetched)
+        lines += [Line(name, weights=size) for name, size in rewards.items()]
         tokens = {
             "prompts": config.batch_size // config.num_generations * config.max_prompt_length,
             "new": config.batch_size * config.max_new_tokens,
@@ -125,10 +130,12 @@ def ppo_lines(
     *,
     critic: Shape | None = None,
     reference: Shape | None = None,
+    fetched: float = 0.0,
     on_gpu: bool | None = None,
 ) -> list[Line]:
-    """PPO's own models and buffers on one rank. critic, reference: shapes, where they are not the policy's. on_gpu:
-    what is offloaded leaves the memory that is counted; None: if there is a GPU."""
+    """PPO's own models and buffers on one rank. critic, reference: shapes, where they are not the policy's. fetched:
+    the largest reward model that is offloaded. on_gpu: what is offloaded leaves the memory that is counted; None: if
+    there is a GPU."""
     critic, reference = critic or policy, reference or policy
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     width, micro = BYTES[config.dtype], config.micro_batch_tokens
@@ -141,17 +148,24 @@ def ppo_lines(
         lines.append(_trained("value model", critic, of_critic, ranks, on_gpu))
     if config.kl_coef and not (config.use_peft and config.ref_model_path is None):
         in_parts = (config.zero_stage if config.ref_zero_stage is None else config.ref_zero_stage) == 3
-        kept = 0 if in_parts and config.offload_param and on_gpu else reference.parameters * width
-        lines.append(Line("reference", weights=kept / (ranks if in_parts else 1)))
+        offloaded = on_gpu and (config.offload_ref or (in_parts and config.offload_param))
+        weights = reference.parameters * width / (ranks if in_parts else 1)
+        lines.append(Line("reference", weights=0 if offloaded else weights))
+        if offloaded and not in_parts:
+            fetched = max(fetched, weights + 4.0 * micro * reference.vocabulary)  # with its logits
     rows = max(1, config.batch_size // ranks)
     length = config.max_prompt_length + config.max_new_tokens
     cache = 2 * policy.layers * policy.kv_width * min(rows, config.rollout_batch_size) * length * width
     gathered = policy.parameters * width * (1 - 1 / ranks) if config.zero_stage == 3 else 0
-    trained = _activations(policy, config, micro, head_tokens=min(micro, rows * config.max_new_tokens))
+    most, head_tokens = micro, min(micro, rows * config.max_new_tokens)
+    if config.unsup_data:  # a row may be longer than a micro-batch, and every token of it be learnt
+        most = head_tokens = max(micro, config.max_length)
+    trained = _activations(policy, config, most, head_tokens=head_tokens)
     if config.value_model == "separate":  # its forward comes after the policy's backward
         trained = max(trained, _activations(critic, config, micro, head_tokens=0))
-    # The decoder's cache, and the weights gathered for it, are freed before training: the larger of the two counts.
-    return [*lines, Line("rollout or activations", other=max(cache + gathered, trained))]
+    # The decoder's cache, and the weights gathered for it, are freed before training, and so is what was fetched to
+    # score: the largest of them counts.
+    return [*lines, Line("rollout or activations", other=max(cache + gathered, fetched, trained))]
 
 
 def _trained(name: str, shape: Shape, config: TrainerConfig, ranks: int, on_gpu: bool) -> Line:

@@ -115,7 +115,8 @@ def step_cost(shape: Shape, config: PPOConfig, machine: Machine, gpus: int, per_
     models = 1 if config.value_model == "shared" else 2  # that are trained
     # Value, reference, and the old log-probs again, which a shared trunk gives with its values.
     frozen = 1 + bool(config.kl_coef) + (config.dtype != "float32" and models == 2)
-    trained = models * (8 if config.gradient_checkpointing else 6)  # flops a weight and token
+    flops = 8 if config.gradient_checkpointing else 6  # a weight and token, in training
+    trained = models * tokens + (rows * config.max_length if config.unsup_data else 0)  # the policy's alone, at most
     steps = config.num_ppo_epochs * config.num_mini_batches
     share = (gpus - 1) / gpus
     stage = max(config.zero_stage, 1 if config.dtype in ("bfloat16", "float16") else 0)  # the engine's own rule
@@ -131,7 +132,7 @@ def step_cost(shape: Shape, config: PPOConfig, machine: Machine, gpus: int, per_
     seconds = {
         "rollout": rollout,
         "score": frozen * 2 * shape.parameters * tokens / rate,
-        "train": config.num_ppo_epochs * trained * shape.parameters * tokens / rate,
+        "train": config.num_ppo_epochs * trained * flops * shape.parameters / rate,
         "traffic": sum(sent.values()) / sender if gpus > 1 else 0.0,
     }
     return StepCost(seconds, sent if gpus > 1 else {})

@@ -36,6 +36,8 @@ MAY_CHANGE: dict[str, str] = {
     "trust_remote_code": "",
     "reward_timeout": "",
     "num_sample_rows": "",
+    "offload_ref": "",
+    "offload_reward": "",
     "eval_data": NOT_COMPARABLE,
     "num_eval_prompts": NOT_COMPARABLE,
     "micro_batch_tokens": NOT_BIT_FOR_BIT,

@@ -156,6 +156,7 @@ def check_paths(config: TrainerConfig) -> None:
             ("ref_model_path", config.ref_model_path or ""),
             ("value_model_path", config.value_model_path or ""),
         ]
+        rewards = len(folders)
         for entry in reward_sources(config.reward):
             source = str(entry.source)
             if is_url(source):
@@ -164,6 +165,8 @@ def check_paths(config: TrainerConfig) -> None:
                 folders.append(("reward", source))
             elif source.rpartition(":")[0].endswith(".py"):
                 files.append(("reward", source.rpartition(":")[0]))
+        if config.offload_reward and len(folders) == rewards:
+            raise_problems(["offload_reward: none of the rewards is a model's folder, so there is nothing to offload."])
     problems = [_missing(name, path, "folder") for name, path in folders if path and not Path(path).is_dir()]
     problems += [_missing(name, path, "file or folder") for name, path in files if not Path(path).exists()]
     if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
@@ -266,6 +269,10 @@ def _ppo(c: PPOConfig) -> Iterator[tuple[str, str]]:
         for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
             if getattr(c, name) and c.value_zero_stage < lowest:
                 yield "value_zero_stage", f"{name} needs at least {lowest} for the value model too."
+    if c.offload_ref and not c.kl_coef:
+        yield "offload_ref", "with kl_coef 0 there is no reference to offload: set it to false."
+    elif c.offload_ref and c.use_peft and c.ref_model_path is None:
+        yield "offload_ref", "the reference is the policy with its adapters off, which stays: set it to false."
     if bool(c.unsup_coef) != bool(c.unsup_data):
         missing, there = ("unsup_data", "unsup_coef") if c.unsup_coef else ("unsup_coef", "unsup_data")
         yield missing, f"is needed beside {there}: {getattr(c, there)!r}, or leave both out."

@@ -4,6 +4,7 @@ folder.py    looks a model folder over before transformers reads it, so that eve
 loading.py   load_tokenizer, load_causal_lm, load_scalar_model, save_model
 head.py      how a model turns hidden states into logits, and that product in fp32 on the wanted tokens only
 modules.py   PolicyModel, ScalarModel, SharedModel
+offload.py   weights of a frozen model in the host's memory except while it is asked
 adapters.py  LoRA: adapters added, switched off, saved, merged
 """
 
@@ -21,8 +22,10 @@ from .loading import (
     save_model,
 )
 from .modules import PolicyModel, ScalarModel, SharedModel, set_gradient_checkpointing, supports_packing
+from .offload import OffloadedWeights
 
 __all__ = [
+    "OffloadedWeights",
     "PolicyModel",
     "ScalarModel",
     "SharedModel",

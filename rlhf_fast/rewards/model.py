@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,20 @@ class ModelReward(Reward):
     The text goes through the reward model's own tokenizer and chat template, so it may be another family than the
     policy. A model whose tokenizer has a [CLS] token (BERT, DeBERTa) gets the pair (prompt, completion) as that
     tokenizer joins it, and pools as it was trained to. token_budget: rows x longest row of one forward.
+    offload: its weights are on the device only while it scores.
     """
 
     def __init__(
-        self, folder: str | Path, *, name: str | None = None, device: str = "cpu", token_budget: int = 16384
+        self,
+        folder: str | Path,
+        *,
+        name: str | None = None,
+        device: str = "cpu",
+        offload: bool = False,
+        token_budget: int = 16384,
     ) -> None:
         from rlhf_fast.data import ChatFormat
-        from rlhf_fast.models import load_scalar_model, load_tokenizer
+        from rlhf_fast.models import OffloadedWeights, load_scalar_model, load_tokenizer
 
         folder = Path(folder)
         self.name, self.label = name or folder.name, f"reward model {folder}"
@@ -36,9 +44,14 @@ class ModelReward(Reward):
             _check_scores_sequences(folder)
             self.pairs = _has_cls_token(folder)
             self.tokenizer = _encoder_tokenizer(folder) if self.pairs else load_tokenizer(folder)
-            self.model = load_scalar_model(folder, dtype="float32").to(self.device).eval()
+            self.model = load_scalar_model(folder, dtype="float32").eval()
         except ModelError as error:
             raise RewardError(f"{self.label}: {error}") from error
+        self.loaded: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        if offload and self.device.type != "cpu":
+            self.loaded = OffloadedWeights(self.model, self.device).loaded
+        else:
+            self.model.to(self.device)
         self.chat = ChatFormat(self.tokenizer, system_prompt=getattr(self.model.config, "system_prompt", None))
         config: Any = self.model.config.get_text_config()
         self.max_tokens = getattr(config, "max_position_embeddings", None)
@@ -61,8 +74,9 @@ class ModelReward(Reward):
                     f"{describe_row(i, prompts, completions)}."
                 )
         scores = torch.zeros(len(rows))
-        for batch in token_budget_batches([len(row) for row in rows], self.token_budget):
-            scores[batch] = self._forward([rows[i] for i in batch])
+        with self.loaded():
+            for batch in token_budget_batches([len(row) for row in rows], self.token_budget):
+                scores[batch] = self._forward([rows[i] for i in batch])
         checked = checked_scores(self.label, scores, prompts, completions)
         return RewardScores(checked, {self.name: checked})
 

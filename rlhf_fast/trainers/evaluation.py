@@ -41,7 +41,9 @@ def evaluate_policy(config: PPOConfig, model_path: str) -> dict[str, float]:
         max_batch_size=config.rollout_batch_size,
         ops_backend=config.ops_backend,
     )
-    reward = load_reward(config.reward, timeout=config.reward_timeout, device=str(world.device))
+    reward = load_reward(
+        config.reward, timeout=config.reward_timeout, device=str(world.device), offload=config.offload_reward
+    )
     mine = prompts[: config.num_eval_prompts][world.rank :: world.world_size]
     rollout = sample(generator, mine, config, chat=chat, step=0, world=world)
     return score(reward, tokenizer, mine, rollout).metrics(world)

@@ -62,7 +62,12 @@ class PPOTrainer:
             self.ptx = PTXMixture(config, self.chat, self.tokenizer.pad_token_id, self.world)
         loaded: list[Examples[Any]] = [self.train_prompts, self.eval_prompts]
         loaded += [self.ptx.rows] if self.ptx else []
-        self.reward = load_reward(reward or config.reward, timeout=config.reward_timeout, device=str(self.world.device))
+        self.reward = load_reward(
+            reward or config.reward,
+            timeout=config.reward_timeout,
+            device=str(self.world.device),
+            offload=config.offload_reward,
+        )
         prompts_per_step = config.batch_size // config.num_generations
         self.total_steps = count_steps(config, len(self.train_prompts), prompts_per_step)
         self.models = PPOModels(config, self.tokenizer, self.world)

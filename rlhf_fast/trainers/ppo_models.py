@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +17,7 @@ from rlhf_fast.distributed import World
 from rlhf_fast.engine import Engine, partition_frozen
 from rlhf_fast.generation import Rollout
 from rlhf_fast.models import (
+    OffloadedWeights,
     PolicyModel,
     ScalarModel,
     SharedModel,
@@ -57,7 +60,7 @@ class PPOModels:
         self.reference_is_policy = config.use_peft and bool(config.kl_coef) and config.ref_model_path is None
         if config.kl_coef and not self.reference_is_policy:
             reference = load_causal_lm(config.ref_model_path or path, dtype=config.dtype, trust_remote_code=code)
-            self.reference = PolicyModel(reference).requires_grad_(False).to(world.device)
+            self.reference = PolicyModel(reference).requires_grad_(False)
             check_vocabulary(reference, tokenizer)
         set_gradient_checkpointing(self.causal_lm, config.gradient_checkpointing)
 
@@ -82,8 +85,14 @@ class PPOModels:
         config = self.config
         updates = config.num_ppo_epochs * config.num_mini_batches
         in_parts = config.zero_stage == 3 if config.ref_zero_stage is None else config.ref_zero_stage == 3
+        self.reference_loaded: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         if self.reference is not None and in_parts:
-            self.reference = partition_frozen(self.reference, config=config, world=self.world)
+            offload = config.offload_ref or config.offload_param
+            self.reference = partition_frozen(self.reference, config=config, world=self.world, offload=offload)
+        elif self.reference is not None and config.offload_ref and self.world.device.type != "cpu":
+            self.reference_loaded = OffloadedWeights(self.reference, self.world.device).loaded
+        elif self.reference is not None:
+            self.reference.to(self.world.device)
         self.policy = Engine(
             self.policy_module,
             config=config,
@@ -151,13 +160,14 @@ class PPOModels:
         if logprobs:
             found["logprobs"] = zeros.clone()
         lengths = sequence_lengths(wanted)
-        for batch in micro_batches(lengths, self.config.micro_batch_tokens, self.world):
-            part = wanted.select(batch) if batch else self._idle()
-            inputs = part.sequences(self.pad_id)
-            flat = self._frozen_outputs(inputs, logprobs)
-            if batch:
-                for name, into in found.items():
-                    into[batch] = part.scatter(flat[name])
+        with self.reference_loaded():
+            for batch in micro_batches(lengths, self.config.micro_batch_tokens, self.world):
+                part = wanted.select(batch) if batch else self._idle()
+                inputs = part.sequences(self.pad_id)
+                flat = self._frozen_outputs(inputs, logprobs)
+                if batch:
+                    for name, into in found.items():
+                        into[batch] = part.scatter(flat[name])
         return found.get("reference"), found["values"], found.get("logprobs")
 
     def _idle(self) -> Rollout:

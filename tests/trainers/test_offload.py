@@ -1,0 +1,100 @@
+"""offload_ref and offload_reward: when the weights are fetched, and that no number changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_fast import PPOConfig, PPOTrainer
+from rlhf_fast.errors import ConfigError
+from rlhf_fast.models import OffloadedWeights, load_scalar_model, load_tokenizer, save_model
+from rlhf_fast.rewards import ModelReward
+
+from .conftest import read_metrics, write_jsonl
+
+OFFLOAD = {"offload_ref": True, "offload_reward": True}
+
+
+@pytest.fixture(scope="module")
+def reward_model(letters_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    model = load_scalar_model(letters_model, dtype="float32")
+    torch.nn.init.normal_(model.score.weight)
+    folder = tmp_path_factory.mktemp("reward") / "judge"
+    save_model(model, load_tokenizer(letters_model), folder)
+    return folder
+
+
+def make_trainer(model: Path, folder: Path, **fields: Any) -> PPOTrainer:
+    folder.mkdir(exist_ok=True)
+    settings = {
+        "model_name_or_path": str(model),
+        "train_data": write_jsonl(folder / "prompts.jsonl", [{"prompt": p} for p in "abcdefxy"]),
+        "output_dir": str(folder / "run"),
+        "batch_size": 8,
+        "max_new_tokens": 6,
+        "micro_batch_tokens": 16,
+        "learning_rate": 1e-3,
+        "max_steps": 2,
+        "report_to": [],
+    }
+    return PPOTrainer(PPOConfig(**{**settings, **fields}))
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    measured = ("time/", "perf/", "memory/")
+    return [{k: v for k, v in row.items() if not k.startswith(measured)} for row in read_metrics(folder / "run")]
+
+
+def test_weights_are_fetched_once_for_each_time_they_are_asked(
+    letters_model: Path, reward_model: Path, tmp_path: Path
+) -> None:
+    make_trainer(letters_model, tmp_path / "stay", reward=str(reward_model)).train()
+    trainer = make_trainer(letters_model, tmp_path / "go", reward=str(reward_model), **OFFLOAD)
+    reference, reward = trainer.models.reference, trainer.reward
+    assert reference is not None
+    assert isinstance(reward, ModelReward)
+    # As on a GPU, with a second copy in the host's memory for the GPU's.
+    cpu = torch.device("cpu")
+    trainer.models.reference_loaded = OffloadedWeights(reference, cpu).loaded
+    reward.loaded = OffloadedWeights(reward.model, cpu).loaded
+    asked: list[tuple[str, int]] = []
+    for name, module in (("reference", reference), ("reward", reward.model)):
+        home = next(module.parameters()).data_ptr()
+
+        def note(module: torch.nn.Module, inputs: Any, name: str = name, home: int = home) -> None:
+            place = next(module.parameters()).data_ptr()
+            assert place != home
+            if (name, place) not in asked[-1:]:
+                asked.append((name, place))
+
+        module.register_forward_pre_hook(note)
+    trainer.train()
+    assert [name for name, _ in asked] == ["reward", "reference"] * 2  # one copy for all micro-batches of a step
+    assert metrics(tmp_path / "go") == metrics(tmp_path / "stay")
+
+
+def test_on_a_cpu_they_stay_and_no_number_changes(letters_model: Path, reward_model: Path, tmp_path: Path) -> None:
+    for name, offload in (("stay", {}), ("go", OFFLOAD)):
+        make_trainer(letters_model, tmp_path / name, reward=str(reward_model), **offload).train()
+    assert metrics(tmp_path / "go") == metrics(tmp_path / "stay")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"offload_ref": True, "kl_coef": 0.0}, "offload_ref: with kl_coef 0 there is no reference"),
+        ({"offload_ref": True, "use_peft": True}, "offload_ref: the reference is the policy with its adapters off"),
+        ({"offload_reward": True}, "offload_reward: none of the rewards is a model's folder"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value),
+)
+def test_nothing_to_offload_is_an_error(
+    fields: dict[str, Any], message: str, letters_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "judge.py").write_text("def score(completions, **_):\n    return [0.0 for _ in completions]\n")
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        make_trainer(letters_model, tmp_path / "run", reward=f"{tmp_path / 'judge.py'}:score", **fields)
