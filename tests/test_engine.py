@@ -55,11 +55,21 @@ def test_update_is_plain_adamw_for_any_number_of_micro_batches(world: World, sta
     assert_close(weights(ours), expected, 1e-6)
 
 
+@pytest.fixture
+def float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed wants native fp16 arithmetic; torch's emulation will do to see the bookkeeping."""
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+
+
+@pytest.mark.parametrize(("dtype", "rate"), [("bfloat16", 2e-4), ("float16", 2e-5)])
 @pytest.mark.parametrize("stage", STAGES)
-def test_bfloat16_trains_float32_weights(world: World, stage: int) -> None:
-    # One step is less than half a bf16 unit of a weight of 0.2: without fp32 weights nothing would ever move.
-    fields = {"warmup_ratio": 0.0, "lr_scheduler_type": "constant", "learning_rate": 2e-4, "weight_decay": 0.0}
-    ours, exact = engine(world, stage, "bfloat16", **fields), engine(world, **fields)
+@pytest.mark.usefixtures("float16")
+def test_half_precision_trains_float32_weights(world: World, stage: int, dtype: str, rate: float) -> None:
+    # One step is less than half a unit of a weight of 0.2: without fp32 weights nothing would ever move.
+    fields = {"warmup_ratio": 0.0, "lr_scheduler_type": "constant", "learning_rate": rate, "weight_decay": 0.0}
+    ours, exact = engine(world, stage, dtype, **fields), engine(world, **fields)
     for step in range(20):
         train_step(ours, [batch(step)])
         train_step(exact, [batch(step)])
@@ -206,13 +216,8 @@ def test_a_spike_changes_nothing(world: World, stage: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_float16_halves_its_loss_scale_instead_of_stopping(
-    world: World, tmp_path: Path, stage: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from deepspeed.accelerator import get_accelerator
-
-    # DeepSpeed wants native fp16 arithmetic; torch's emulation will do to see the bookkeeping.
-    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+@pytest.mark.usefixtures("float16")
+def test_float16_halves_its_loss_scale_instead_of_stopping(world: World, tmp_path: Path, stage: int) -> None:
     one = torch.ones(1, 1, dtype=torch.float16)
     ours = engine(world, stage, "float16", module=nn.Linear(1, 1, bias=False))
     for finite in (False, True):  # a gradient of 20 is beyond fp16 at a scale of 4096, not at 2048
