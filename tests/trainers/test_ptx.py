@@ -103,6 +103,21 @@ def test_what_is_mixed_in_is_learnt(letters_model: Path, tmp_path: Path) -> None
     assert "loss/ptx_avg" not in read_metrics(tmp_path / "without" / "run")[0]
 
 
+def test_a_shared_trunk_in_parts_is_the_same_run(letters_model: Path, tmp_path: Path) -> None:
+    """Under ZeRO every weight has a gradient in every micro-batch, the value head's in those of the mixture too."""
+    rows = {}
+    for stage in (0, 2, 3):
+        folder = tmp_path / str(stage)
+        folder.mkdir()
+        fields: dict[str, Any] = {"value_model": "shared", "zero_stage": stage, "max_steps": 2, "learning_rate": 1e-3}
+        make_trainer(letters_model, folder, micro_batch_tokens=12, **fields).train()
+        rows[stage] = read_metrics(folder / "run")
+    for stage in (2, 3):
+        for mine, whole in zip(rows[stage], rows[0], strict=True):
+            for name in ("loss/ptx_avg", "loss/policy_avg", "loss/value_avg", "grad_norm"):
+                assert mine[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-5), name
+
+
 def test_bad_rows_and_limits_are_those_of_other_data(letters_model: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"bad\.jsonl:2: field 'text': only white space"):
         make_trainer(
