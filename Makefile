@@ -72,7 +72,7 @@ bench-peers: .venv-peers/.made
 		--no-binary llama-cpp-python llama-cpp-python==0.3.36 ctranslate2==4.8.5
 	touch $@
 
-# On a machine with a CUDA GPU and nvcc, with the packages of $(PYTHON). No .venv, no DeepSpeed. Neither has run on a GPU
+# On a machine with a CUDA GPU, with the packages of $(PYTHON). No .venv, no DeepSpeed. Neither has run on a GPU
 # yet; docs/gpu.md says what they need and do.
 test-gpu:
 	TRITON_INTERPRET=0 $(PYTHON) -m pytest --gpu -m "not sanitizers and not slow" tests/gpu tests/cuda

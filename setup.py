@@ -48,6 +48,7 @@ setup(
             "setuptools>=70.1",  # tests/test_install.py makes a wheel without build isolation
             "ruff",
             "mypy",
+            "nvidia-cuda-nvrtc",  # what CUDA builds of torch bring: tests/cuda/test_nvrtc.py
             "types-PyYAML",
             "types-psutil",
             "types-requests",

@@ -1,7 +1,8 @@
-"""Compiles the decoder's CUDA library with nvcc, one for each GPU architecture, and loads it.
+"""Compiles the decoder's CUDA library, one for each GPU architecture, and loads it.
 
-The library has no Python and no torch in it, and CUDA's runtime is linked into it: it builds and loads on a machine
-without a GPU.
+nvcc compiles it where there is one, else NVRTC, which comes with CUDA builds of PyTorch, and the C++ compiler
+(rlhf_fast/nvrtc.py). The library has no Python and no torch in it, and needs nothing of CUDA but the driver: it builds
+and loads on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import importlib.util
 import os
 import re
 import shutil
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from rlhf_fast.build import CSRC, Library, Toolchain, Unit, build
+from rlhf_fast.build import CSRC, Library, Toolchain, Unit, build, compiler
 from rlhf_fast.errors import BuildError, ConfigError
 
 
@@ -29,7 +32,7 @@ def cuda_library(architecture: str) -> Library:
         "_generation_cuda",
         tuple(Unit(source) for source in sources),
         tuple(headers),
-        lambda: nvcc_toolchain(architecture),
+        lambda: cuda_toolchain(architecture),
     )
 
 
@@ -62,7 +65,7 @@ def architecture_of(device: torch.device) -> str:
 def load_cuda(architecture: str) -> int:
     """The address of rlhf_fast_cuda_backend, for the C++ decoder. The library is built if it is not in the cache.
 
-    Raises BuildError: there is no nvcc, or it failed; or CUDA does not run, as with a driver that is too old.
+    Raises BuildError: there is no compiler, or it failed; or CUDA does not run, as with a driver that is too old.
     """
     path = build(cuda_library(architecture))
     try:
@@ -78,27 +81,63 @@ def load_cuda(architecture: str) -> int:
     return address
 
 
-def nvcc_toolchain(architecture: str) -> Toolchain:
-    """nvcc for one architecture. Raises BuildError where there is none."""
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+@dataclass(frozen=True)
+class Nvrtc:
+    library: Path
+    headers: Path  # the folder of CUDA's headers
+
+
+def cuda_compiler() -> str | Nvrtc:
+    """nvcc's path where it is found, else NVRTC; CUDACXX=nvrtc asks for the latter. Raises BuildError."""
+    chosen = os.environ.get("CUDACXX")
+    if chosen == "nvrtc":
+        return nvrtc()
+    try:
+        return nvcc()
+    except BuildError as error:
+        if chosen:
+            raise
+        try:
+            return nvrtc()
+        except BuildError as other:
+            raise BuildError(f"{error}. NVRTC, which would do too, is not there: {other}") from other
+
+
+def cuda_toolchain(architecture: str) -> Toolchain:
+    """What compiles for one architecture. Raises BuildError where there is no compiler."""
+    found = cuda_compiler()
+    return nvrtc_toolchain(found, architecture) if isinstance(found, Nvrtc) else nvcc_toolchain(found, architecture)
+
+
+def nvcc_toolchain(program: str, architecture: str) -> Toolchain:
     common = ("--cudart=static", f"-gencode=arch=compute_{architecture},code=sm_{architecture}")
     return Toolchain(
-        (nvcc(),),
-        ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", abi, *common),
+        (program,),
+        ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", _abi(), *common),
         ("-shared", *common),
     )
+
+
+def nvrtc_toolchain(found: Nvrtc, architecture: str) -> Toolchain:
+    """Raises BuildError where there is no C++ compiler."""
+    program = Path(__file__).with_name("nvrtc.py")
+    options = ("--library", str(found.library), "--include", str(found.headers))
+    common = ("-O2", "-fPIC", "-fvisibility=hidden")
+    return Toolchain(
+        (sys.executable, "-I", str(program), *options, *compiler()),
+        ("-std=c++20", *common, _abi(), f"--architecture=sm_{architecture}", "-Wno-unknown-pragmas"),
+        ("-shared", *common),
+    )
+
+
+def _abi() -> str:
+    return f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
 
 
 def nvcc() -> str:
     """CUDA's compiler: $CUDACXX, or on PATH, in $CUDA_HOME, where CUDA's installer and where pip put it."""
     chosen = os.environ.get("CUDACXX")
-    folders = [os.environ.get("PATH", "")]
-    if os.environ.get("CUDA_HOME"):
-        folders.append(str(Path(os.environ["CUDA_HOME"]) / "bin"))
-    folders.append("/usr/local/cuda/bin")
-    packages = importlib.util.find_spec("nvidia")
-    for folder in (packages.submodule_search_locations or ()) if packages else ():
-        folders += map(str, sorted(Path(folder).glob("*/bin")))
+    folders = [os.environ.get("PATH", ""), *(str(folder / "bin") for folder in (*_toolkits(), *_packages()))]
     program = shutil.which(chosen or "nvcc", path=os.pathsep.join(folders))
     if program is None:
         what = f"CUDACXX={chosen!r}: no such compiler" if chosen else "no CUDA compiler"
@@ -107,3 +146,37 @@ def nvcc() -> str:
             f"({torch.version.cuda or 'this torch has none'}), or set CUDA_HOME"
         )
     return program
+
+
+def nvrtc() -> Nvrtc:
+    """CUDA's compiler as a library: where pip put it, as it does with PyTorch, or CUDA's installer."""
+    major = (torch.version.cuda or "*").partition(".")[0]  # what the driver runs, which PyTorch's own must be
+    suffix = "-cu12" if major == "12" else ""  # of pip's packages
+    folders = [*_packages(), *_toolkits()]
+    libraries = [
+        path for folder in folders for name in ("lib", "lib64") for path in folder.glob(f"{name}/libnvrtc.so.{major}")
+    ]
+    if not libraries:
+        raise BuildError(f"no libnvrtc.so.{major}: pip install nvidia-cuda-nvrtc{suffix}")
+    includes = [folder / "include" for folder in folders]
+    triton = importlib.util.find_spec("triton")
+    if triton and triton.origin:
+        includes.append(Path(triton.origin).parent / "backends" / "nvidia" / "include")
+    headers = next((folder for folder in includes if (folder / "cuda_bf16.h").exists()), None)
+    if headers is None:
+        raise BuildError(
+            f"{libraries[0]} is there, but not CUDA's header cuda_bf16.h: pip install nvidia-cuda-runtime{suffix}"
+        )
+    return Nvrtc(libraries[0], headers)
+
+
+def _toolkits() -> list[Path]:
+    """Where CUDA's installer puts bin, lib64 and include."""
+    return [Path(folder) for folder in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if folder]
+
+
+def _packages() -> list[Path]:
+    """Where pip puts parts of CUDA: since CUDA 13 in one folder, before that each in its own."""
+    found = importlib.util.find_spec("nvidia")
+    folders = (found.submodule_search_locations or ()) if found else ()
+    return [path for folder in folders for path in sorted(Path(folder).iterdir()) if path.is_dir()]

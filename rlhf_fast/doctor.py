@@ -128,12 +128,17 @@ def _gpu() -> list[Check]:
         gpu = Check("gpu", "optional", "an NVIDIA driver is installed", advice)
     else:
         gpu = Check("gpu", "optional", "none; training runs on the CPU")
+    return [gpu, _cuda_compiler(), *(_cuda_decoder() if torch.cuda.is_available() else [])]
+
+
+def _cuda_compiler() -> Check:
     try:
-        program = build_cuda.nvcc()
-        nvcc = Check("nvcc", "ok", f"{program} ({_last_line([program, '--version'])})")
+        found = build_cuda.cuda_compiler()
     except BuildError as error:
-        nvcc = Check("nvcc", "optional", "none; with a GPU transformers decodes", str(error))
-    return [gpu, nvcc, *(_cuda_decoder() if torch.cuda.is_available() else [])]
+        return Check("CUDA compiler", "optional", "none; with a GPU transformers decodes", str(error))
+    if isinstance(found, build_cuda.Nvrtc):
+        return Check("CUDA compiler", "ok", f"NVRTC, {found.library}, with the headers in {found.headers}")
+    return Check("CUDA compiler", "ok", f"nvcc, {found} ({_last_line([found, '--version'])})")
 
 
 def _cuda_decoder() -> list[Check]:

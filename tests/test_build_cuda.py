@@ -1,10 +1,11 @@
-"""The CUDA library's build: what nvcc is asked for, on a machine without a GPU; and what happens without nvcc.
+"""The CUDA library's build: what nvcc is asked for, on a machine without a GPU; and what is used without nvcc.
 
 tests/cuda compiles and runs the sources themselves; a script stands for nvcc here.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -71,6 +72,37 @@ def test_the_command(nvcc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "_generation: " in output
     assert "_generation_cuda sm_75: " in output
     shutil.rmtree(Path(output.split()[-1]).parent)  # it lies where real libraries do
+
+
+def test_nvcc_else_nvrtc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = tmp_path / "nvidia" / "cu13"
+    for folder in ("bin", "lib", "include"):
+        (cuda / folder).mkdir(parents=True)
+    library, header, nvcc = cuda / "lib/libnvrtc.so.13", cuda / "include/cuda_bf16.h", cuda / "bin/nvcc"
+    for file in (library, header, nvcc):
+        file.touch()
+    monkeypatch.syspath_prepend(str(tmp_path))  # where pip would put it
+    monkeypatch.setattr(build_cuda, "_toolkits", list)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CUDACXX", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    expected = build_cuda.Nvrtc(library, cuda / "include")
+    assert build_cuda.cuda_compiler() == expected
+    nvcc.chmod(0o755)
+    assert build_cuda.cuda_compiler() == str(nvcc)
+    monkeypatch.setenv("CUDACXX", "nvrtc")
+    assert build_cuda.cuda_compiler() == expected
+
+    header.unlink()
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+    with pytest.raises(BuildError, match=r"not CUDA's header cuda_bf16.h: pip install nvidia-cuda-runtime"):
+        build_cuda.cuda_compiler()
+    nvcc.unlink()
+    monkeypatch.delenv("CUDACXX")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    with pytest.raises(BuildError, match=r"^no CUDA compiler: install .*\. NVRTC, .*: no libnvrtc.so.12: pip install"):
+        build_cuda.cuda_compiler()
 
 
 def test_without_nvcc_transformers_decodes(monkeypatch: pytest.MonkeyPatch) -> None:

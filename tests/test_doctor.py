@@ -19,7 +19,8 @@ def test_ready(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main() == 0
     output = capsys.readouterr().out
     assert output.endswith("\nReady.\n")
-    for name in ("python", "torch", "transformers", "deepspeed", "triton", "gpu", "nvcc", "compiler", "ninja", "cache"):
+    packages = ("torch", "transformers", "deepspeed", "triton")
+    for name in ("python", *packages, "gpu", "CUDA compiler", "compiler", "ninja", "cache"):
         assert f"\n{name} " in f"\n{output}"
     assert torch.__version__ in output
     assert f"{torch.ops.rlhf_fast.num_threads()} shared the work" in output
@@ -74,6 +75,14 @@ def test_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_versions_are_compared_as_numbers(version: str, minimum: str, enough: bool) -> None:
     assert doctor._at_least(version, minimum) is enough
+
+
+def test_what_compiles_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDACXX", "nvrtc")
+    assert doctor._cuda_compiler().found.startswith("NVRTC, /")
+    monkeypatch.setenv("CUDACXX", "no-such-nvcc")
+    found = doctor._cuda_compiler()
+    assert (found.status, found.found) == ("optional", "none; with a GPU transformers decodes")
 
 
 def test_fewer_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:

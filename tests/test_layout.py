@@ -35,6 +35,7 @@ LAYERS = [
     },
     {"ops"},
     {"build", "build_cuda", "csrc", "kernels"},
+    {"nvrtc"},
     {"config", "errors"},
 ]
 

@@ -29,6 +29,8 @@ __global__ __launch_bounds__(kThreads) void activate_kernel(Activation activatio
 
 }  // namespace
 
+#if !defined(__CUDACC_RTC__)  // the host half
+
 void activate(Type type, Activation activation, bool gated, const void* x, int64_t x_row, void* inner, int64_t rows,
               int64_t size, Stream stream) {
   if (rows == 0) return;
@@ -36,10 +38,12 @@ void activate(Type type, Activation activation, bool gated, const void* x, int64
     using T = decltype(element);
     with_flag(is_aligned<T>(x, x_row, size) && is_aligned<T>(inner), [&](auto flag) {
       const dim3 grid(rows, quotient_up(size, kThreads * kChunk<T>));
-      launch(activate_kernel<T, flag.value>, grid, dim3(kThreads), 0, stream, activation, gated,
-             static_cast<const T*>(x), x_row, static_cast<T*>(inner), size);
+      launch<activate_kernel<T, flag.value>>(grid, dim3(kThreads), 0, stream, activation, gated,
+                                             static_cast<const T*>(x), x_row, static_cast<T*>(inner), size);
     });
   });
 }
+
+#endif
 
 }  // namespace rlhf_fast::cuda

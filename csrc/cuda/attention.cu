@@ -52,12 +52,6 @@ __device__ __forceinline__ Splits splits_of(int position, int64_t window) {
   return {first, end, start, size, (end - start + size - 1) / size};
 }
 
-// Splits for which there must be room.
-int64_t most_splits(int64_t max_positions, int64_t window) {
-  const int64_t seen = window > 0 ? std::min(max_positions, window + kPageTokens) : max_positions;
-  return std::min<int64_t>(quotient_up(seen, kTile), kMostSplits);
-}
-
 // Of the scores of some positions: what their exponentials are multiplied by, and the sum of these.
 struct Softmax {
   float largest, total;
@@ -384,6 +378,17 @@ __global__ __launch_bounds__(kCombineThreads) void combine_kernel(Tokens tokens,
   }
 }
 
+}  // namespace
+
+#if !defined(__CUDACC_RTC__)  // the host half
+namespace {
+
+// Splits for which there must be room.
+int64_t most_splits(int64_t max_positions, int64_t window) {
+  const int64_t seen = window > 0 ? std::min(max_positions, window + kPageTokens) : max_positions;
+  return std::min<int64_t>(quotient_up(seen, kTile), kMostSplits);
+}
+
 // Calls use(integral constant) with how many of a key-value head's queries a block takes: they share what it reads. Of
 // more than eight each block reads it again, from the second-level cache.
 template <typename Use>
@@ -420,8 +425,8 @@ void attention(const PagedCache& cache, int64_t layer, const Heads& heads, float
     const auto start = [&](auto queries, auto flag) {
       const dim3 grid(tokens.count, heads.key_value_heads * quotient_up(group, queries.value), partial.splits);
       const int64_t sums = Share<queries.value>::slots_for(chunks) * queries.value * partial.size;
-      launch(attend_kernel<T, queries.value, flag.value>, grid, dim3(kThreads), sums * sizeof(float), stream,
-             arguments);
+      launch<attend_kernel<T, queries.value, flag.value>>(grid, dim3(kThreads), sums * sizeof(float), stream,
+                                                          arguments);
     };
     if (is_aligned<T>(cache.pool, heads.size) && is_aligned<T>(projected, row, heads.queries, heads.query_stride)) {
       with_queries(group, chunks, [&](auto queries) { start(queries, std::true_type()); });
@@ -429,10 +434,12 @@ void attention(const PagedCache& cache, int64_t layer, const Heads& heads, float
       start(std::integral_constant<int, 1>(), std::false_type());
     }
     if (partial.splits > 1) {
-      launch(combine_kernel<T>, dim3(tokens.count, heads.query_heads), dim3(kCombineThreads), 0, stream, tokens, window,
-             partial, static_cast<T*>(out), heads.size);
+      launch<combine_kernel<T>>(dim3(tokens.count, heads.query_heads), dim3(kCombineThreads), 0, stream, tokens, window,
+                                partial, static_cast<T*>(out), heads.size);
     }
   });
 }
+
+#endif
 
 }  // namespace rlhf_fast::cuda

@@ -1,7 +1,8 @@
 // What a kernel includes: CUDA and the few instructions that it lacks words for.
 //
-// Under nvcc and NVRTC these are the GPU's own. Under a C++ compiler they are the twins of tests/cuda_on_cpu, with
-// which the tests run the same sources on the CPU; docs/cuda_on_cpu.md says what a kernel keeps to for that.
+// Under nvcc and NVRTC these are the GPU's own, and so they are for the C++ compiler that makes the host half of what
+// NVRTC compiles, which only reads them. Under a C++ compiler alone they are the twins of tests/cuda_on_cpu, with which
+// the tests run the same sources on the CPU; docs/cuda_on_cpu.md says what a kernel keeps to for that.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -9,17 +10,20 @@
 #include <cuda_fp16.h>
 #if !defined(__CUDACC_RTC__)
 #include <cuda_runtime.h>
+#endif
 
 #include <cstdint>
-#endif
+#elif defined(RLHF_FAST_NVRTC_HOST)
+#include "nvrtc/host.h"
 #else
 #include "cuda_on_cpu.h"
+#define RLHF_FAST_ON_CPU
 #endif
 
 namespace rlhf_fast::cuda {
 
 // Dynamic shared memory, 16-byte aligned, as an array of T named `name`.
-#if defined(__CUDACC__)
+#if !defined(RLHF_FAST_ON_CPU)
 #define DYNAMIC_SHARED(T, name)                                 \
   extern __shared__ __align__(16) unsigned char dynamic_shared_[]; \
   T* const name = reinterpret_cast<T*>(dynamic_shared_)
@@ -27,21 +31,19 @@ namespace rlhf_fast::cuda {
 #define DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(cuda_on_cpu::dynamic_shared())
 #endif
 
-// Runs kernel(arguments...) on the stream. A refused launch is what cudaGetLastError() tells.
+// launch<kernel>(...) runs kernel(arguments...) on the stream. A refused launch is what cudaGetLastError() tells.
 #if defined(__CUDACC__) && !defined(__CUDACC_RTC__)
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-            Arguments... arguments) {
+template <auto kKernel, typename... Arguments>
+void launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
   if (shared_bytes > 48 * 1024) {  // more than that is given to who asks
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
   }
-  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
+  kKernel<<<grid, block, shared_bytes, stream>>>(arguments...);
 }
-#elif !defined(__CUDACC__)
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
-            Arguments... arguments) {
-  cuda_on_cpu::launch(kernel, grid, block, shared_bytes, arguments...);
+#elif defined(RLHF_FAST_ON_CPU)
+template <auto kKernel, typename... Arguments>
+void launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Arguments... arguments) {
+  cuda_on_cpu::launch<kKernel>(grid, block, shared_bytes, arguments...);
 }
 #endif
 
@@ -72,7 +74,7 @@ struct alignas(16) Vector {
   T values[kSize];
 };
 
-#if defined(__CUDACC__)
+#if !defined(RLHF_FAST_ON_CPU)
 template <typename T>
 __device__ __forceinline__ Vector<T> as_vector(uint4 bits) {
   Vector<T> vector;
@@ -120,7 +122,7 @@ __device__ __forceinline__ void store16(T* address, Vector<T> vector) {
 
 // Asks for the memory around an address, which must be the launch's to read: it comes as near as the second-level
 // cache.
-#if defined(__CUDACC__)
+#if !defined(RLHF_FAST_ON_CPU)
 __device__ __forceinline__ void prefetch(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));
 }
@@ -139,7 +141,7 @@ inline void prefetch(const void*) {}
 //
 // load_matrix_x4: four matrices of 8 rows of 16 bytes in shared memory; lane 8 i + j gives the address of row j of
 // matrix i. d[i] becomes row l / 4, elements 2 (l % 4) and the next, of matrix i; with _transposed column l / 4.
-#if defined(__CUDACC__)
+#if !defined(RLHF_FAST_ON_CPU)
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }

@@ -36,6 +36,8 @@ __global__ __launch_bounds__(kThreads) void embed_kernel(const T* table, int64_t
 
 }  // namespace
 
+#if !defined(__CUDACC_RTC__)  // the host half
+
 void embed(Type type, const void* table, int64_t row_stride, float scale, const int32_t* ids, const Tokens& tokens,
            const void* positions, int64_t position_stride, int64_t position_offset, void* x, int64_t size,
            Stream stream) {
@@ -46,11 +48,13 @@ void embed(Type type, const void* table, int64_t row_stride, float scale, const 
                          (!positions || is_aligned<T>(positions, position_stride));
     with_flag(aligned, [&](auto flag) {
       const dim3 grid(tokens.count, quotient_up(size, kThreads * kChunk<T>));
-      launch(embed_kernel<T, flag.value>, grid, dim3(kThreads), 0, stream, static_cast<const T*>(table), row_stride,
-             scale, ids, tokens.position, static_cast<const T*>(positions), position_stride, position_offset,
-             static_cast<T*>(x), size);
+      launch<embed_kernel<T, flag.value>>(grid, dim3(kThreads), 0, stream, static_cast<const T*>(table), row_stride,
+                                          scale, ids, tokens.position, static_cast<const T*>(positions),
+                                          position_stride, position_offset, static_cast<T*>(x), size);
     });
   });
 }
+
+#endif
 
 }  // namespace rlhf_fast::cuda

@@ -29,6 +29,8 @@ __global__ __launch_bounds__(kTileThreads, 1) void gated_mlp_in_kernel(Weights<T
 
 }  // namespace
 
+#if !defined(__CUDACC_RTC__)  // the host half
+
 void gated_mlp_in(const Linear& gate, const Linear& value, Activation activation, const void* x, int64_t rows,
                   int64_t x_row, void* inner, int64_t inner_row, Stream stream) {
   check_rows(rows);
@@ -40,12 +42,14 @@ void gated_mlp_in(const Linear& gate, const Linear& value, Activation activation
       with_flag(aligned, [&](auto aligned) {
         constexpr int kRows = decltype(many)::value ? 16 : 8;
         const dim3 grid(quotient_up(gate.out, Tile<T, false>::kOutputs));
-        launch(gated_mlp_in_kernel<T, kRows, decltype(aligned)::value>, grid, dim3(kTileThreads), 0, stream,
-               weights<T>(gate), weights<T>(value), activation, Rows<T>{static_cast<const T*>(x), int(rows), x_row},
-               static_cast<T*>(inner), inner_row);
+        launch<gated_mlp_in_kernel<T, kRows, decltype(aligned)::value>>(
+            grid, dim3(kTileThreads), 0, stream, weights<T>(gate), weights<T>(value), activation,
+            Rows<T>{static_cast<const T*>(x), int(rows), x_row}, static_cast<T*>(inner), inner_row);
       });
     });
   });
 }
+
+#endif
 
 }  // namespace rlhf_fast::cuda

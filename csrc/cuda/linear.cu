@@ -11,42 +11,6 @@ namespace rlhf_fast::cuda {
 namespace {
 
 constexpr int kMostLayers = 4;
-constexpr int64_t kWantedBlocks = 128;  // about one for each SM of a large GPU
-constexpr int64_t kMostSplits = 16;     // for one block to add
-
-// How a layer is cut.
-struct Cut {
-  int64_t tiles, splits;
-  int64_t outputs;  // of a tile
-  int64_t inputs;   // of a split
-};
-
-template <typename T, bool kTransposed>
-Cut cut(const Linear& layer) {
-  using Tile = cuda::Tile<T, kTransposed>;
-  constexpr int64_t kTurn = Tile::kTurnInputs;
-  const int64_t tiles = quotient_up(layer.out, Tile::kOutputs), turns = quotient_up(layer.in, kTurn);
-  const int64_t useful = quotient_up(turns, kTileWarps / 2);  // half of a block's warps have work
-  const int64_t splits = std::min({quotient_up(kWantedBlocks, tiles), useful, kMostSplits});
-  return {tiles, splits, Tile::kOutputs, quotient_up(turns, splits) * kTurn};
-}
-
-Cut cut(const Linear& layer) {
-  Cut result;
-  with_type(layer.type, [&](auto element) {
-    with_flag(layer.transposed,
-              [&](auto transposed) { result = cut<decltype(element), decltype(transposed)::value>(layer); });
-  });
-  return result;
-}
-
-// The workspace: for each tile of each layer a counter, how many of its blocks are done, at the same place in every
-// launch; then a tile of sums for each block. The last block of a tile leaves its counter 0 for the next launch.
-constexpr int64_t kCounters = kMostLayers * kWantedBlocks;  // a layer of more tiles than that is not split
-
-int64_t sums_count(const Cut& how) {
-  return how.splits == 1 ? 0 : how.tiles * how.splits * kMaxRows * how.outputs;
-}
 
 // One layer of a launch.
 template <typename T>
@@ -132,6 +96,48 @@ __global__ __launch_bounds__(kTileThreads, 1) void linear_kernel(Parts<T> parts,
   if (threadIdx.x == 0) part.counters[tile] = 0;
 }
 
+}  // namespace
+
+#if !defined(__CUDACC_RTC__)  // the host half
+namespace {
+
+constexpr int64_t kWantedBlocks = 128;  // about one for each SM of a large GPU
+constexpr int64_t kMostSplits = 16;     // for one block to add
+
+// How a layer is cut.
+struct Cut {
+  int64_t tiles, splits;
+  int64_t outputs;  // of a tile
+  int64_t inputs;   // of a split
+};
+
+template <typename T, bool kTransposed>
+Cut cut(const Linear& layer) {
+  using Tile = cuda::Tile<T, kTransposed>;
+  constexpr int64_t kTurn = Tile::kTurnInputs;
+  const int64_t tiles = quotient_up(layer.out, Tile::kOutputs), turns = quotient_up(layer.in, kTurn);
+  const int64_t useful = quotient_up(turns, kTileWarps / 2);  // half of a block's warps have work
+  const int64_t splits = std::min({quotient_up(kWantedBlocks, tiles), useful, kMostSplits});
+  return {tiles, splits, Tile::kOutputs, quotient_up(turns, splits) * kTurn};
+}
+
+Cut cut(const Linear& layer) {
+  Cut result;
+  with_type(layer.type, [&](auto element) {
+    with_flag(layer.transposed,
+              [&](auto transposed) { result = cut<decltype(element), decltype(transposed)::value>(layer); });
+  });
+  return result;
+}
+
+// The workspace: for each tile of each layer a counter, how many of its blocks are done, at the same place in every
+// launch; then a tile of sums for each block. The last block of a tile leaves its counter 0 for the next launch.
+constexpr int64_t kCounters = kMostLayers * kWantedBlocks;  // a layer of more tiles than that is not split
+
+int64_t sums_count(const Cut& how) {
+  return how.splits == 1 ? 0 : how.tiles * how.splits * kMaxRows * how.outputs;
+}
+
 template <typename T>
 bool reads_vectors(const Linear& layer) {
   return is_aligned<T>(layer.weight, layer.row_stride, layer.in, layer.transposed ? layer.out : 0);
@@ -182,12 +188,14 @@ void linear_many(const Linear* layers, int count, const void* x, int64_t rows, i
       with_flag(layers[0].transposed, [&](auto transposed) {
         with_flag(aligned, [&](auto aligned) {
           constexpr int kRows = decltype(many)::value ? 16 : 8;
-          launch(linear_kernel<T, kRows, decltype(transposed)::value, decltype(aligned)::value>, dim3(blocks),
-                 dim3(kTileThreads), 0, stream, parts, input, output);
+          launch<linear_kernel<T, kRows, decltype(transposed)::value, decltype(aligned)::value>>(
+              dim3(blocks), dim3(kTileThreads), 0, stream, parts, input, output);
         });
       });
     });
   });
 }
+
+#endif
 
 }  // namespace rlhf_fast::cuda

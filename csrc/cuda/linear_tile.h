@@ -50,17 +50,18 @@ struct Weights {
 };
 
 template <typename T>
-Weights<T> weights(const Linear& layer) {
-  return {static_cast<const T*>(layer.weight), static_cast<const T*>(layer.bias), int(layer.out), int(layer.in),
-          layer.row_stride};
-}
-
-template <typename T>
 struct Rows {
   const T* x;
   int count;
   int64_t stride;
 };
+
+#if !defined(__CUDACC_RTC__)
+template <typename T>
+Weights<T> weights(const Linear& layer) {
+  return {static_cast<const T*>(layer.weight), static_cast<const T*>(layer.bias), int(layer.out), int(layer.in),
+          layer.row_stride};
+}
 
 // A tile's sums have no room for more rows.
 inline void check_rows(int64_t rows) {
@@ -68,6 +69,7 @@ inline void check_rows(int64_t rows) {
   throw std::invalid_argument("a product of " + std::to_string(rows) + " rows; the kernels take 1 to " +
                               std::to_string(kMaxRows));
 }
+#endif
 
 // What a register holds: a float, or two 16-bit numbers, the first in the low half. Held apart they would cost
 // instructions to join.

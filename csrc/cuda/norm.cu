@@ -142,6 +142,8 @@ __global__ __launch_bounds__(kMostThreads, 2) void add_norm_kernel(Norm out_norm
 
 }  // namespace
 
+#if !defined(__CUDACC_RTC__)  // the host half
+
 void add_norm(Type type, const Norm& out_norm, const void* x, float residual_scale, void* residual, const Norm& norm,
               void* y, int64_t rows, int64_t size, Stream stream) {
   if (rows == 0) return;
@@ -152,10 +154,13 @@ void add_norm(Type type, const Norm& out_norm, const void* x, float residual_sca
     with_flag(aligned, [&](auto flag) {
       const int64_t chunks = quotient_up(size, kChunk<T>);
       const int64_t threads = std::min<int64_t>(quotient_up(chunks, kWarp) * kWarp, kMostThreads);
-      launch(add_norm_kernel<T, flag.value>, dim3(rows), dim3(threads), chunks * sizeof(Vector<T>), stream, out_norm,
-             static_cast<const T*>(x), residual_scale, static_cast<T*>(residual), norm, static_cast<T*>(y), size);
+      launch<add_norm_kernel<T, flag.value>>(dim3(rows), dim3(threads), chunks * sizeof(Vector<T>), stream, out_norm,
+                                             static_cast<const T*>(x), residual_scale, static_cast<T*>(residual), norm,
+                                             static_cast<T*>(y), size);
     });
   });
 }
+
+#endif
 
 }  // namespace rlhf_fast::cuda

@@ -139,6 +139,8 @@ __global__ __launch_bounds__(kWarps* kWarp, 8) void rope_append_kernel(PagedCach
 
 }  // namespace
 
+#if !defined(__CUDACC_RTC__)  // the host half
+
 void rope_append(const PagedCache& cache, int64_t layer, const Heads& heads, const Norm& query_norm,
                  const Norm& key_norm, const Rotary& rotary, float query_scale, const Tokens& tokens, void* projected,
                  int64_t row, Stream stream) {
@@ -150,10 +152,13 @@ void rope_append(const PagedCache& cache, int64_t layer, const Heads& heads, con
                                        heads.key_value_stride);
     with_flag(aligned, [&](auto flag) {
       const dim3 grid(tokens.count, quotient_up(heads.query_heads + 2 * heads.key_value_heads, kWarps));
-      launch(rope_append_kernel<T, flag.value>, grid, dim3(kWarps * kWarp), kWarps * heads.size * sizeof(float), stream,
-             cache, layer, heads, query_norm, key_norm, rotary, query_scale, tokens, static_cast<T*>(projected), row);
+      launch<rope_append_kernel<T, flag.value>>(grid, dim3(kWarps * kWarp), kWarps * heads.size * sizeof(float), stream,
+                                                cache, layer, heads, query_norm, key_norm, rotary, query_scale, tokens,
+                                                static_cast<T*>(projected), row);
     });
   });
 }
+
+#endif
 
 }  // namespace rlhf_fast::cuda

@@ -15,6 +15,7 @@ namespace rlhf_fast::cuda {
 template <typename T>
 constexpr int kChunk = Vector<T>::kSize;
 
+#if !defined(__CUDACC_RTC__)
 inline int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls use(T()) with the C++ type of that name.
@@ -38,6 +39,7 @@ template <typename T, typename... Steps>
 bool is_aligned(const void* p, Steps... steps) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && ((steps % kChunk<T> == 0) && ...);
 }
+#endif
 
 // The elements i, i + 1, ... of a row of `size`; zeros after its end.
 template <bool kAligned, typename T>

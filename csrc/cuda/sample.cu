@@ -22,7 +22,7 @@ constexpr int kChunkWarps = 8;     // of a block in the first launch
 constexpr int kDrawWarps = 16;     // in the second
 constexpr int kDrawThreads = 32 * kDrawWarps;
 constexpr int kListed = 256;  // candidates of a warp in shared memory
-constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kInfinity = INFINITY;
 constexpr float kLog2E = 1.44269504f;
 
 // e^(x - largest) for scale = kLog2E; 0 where the CPU's is, NaN for NaN.
@@ -73,22 +73,6 @@ struct Chunks {
   int count;  // of a row
 
   __device__ Chunks row(int64_t i) const { return {sums + i * count, largest + i * count, count}; }
-};
-
-// The workspace: of the logits as they are, then of the allowed ones.
-struct Workspace {
-  Chunks full, allowed;
-
-  Workspace(void* memory, int64_t rows, int64_t vocabulary) {
-    const int64_t count = quotient_up(vocabulary, kChunkTokens), size = rows * count;
-    auto* const sums = static_cast<double*>(memory);
-    auto* const largest = reinterpret_cast<float*>(sums + 2 * size);
-    full = {sums, largest, int(count)};
-    allowed = {sums + size, largest + size, int(count)};
-  }
-  static int64_t bytes(int64_t rows, int64_t vocabulary) {
-    return 2 * rows * quotient_up(vocabulary, kChunkTokens) * int64_t(sizeof(double) + sizeof(float));
-  }
 };
 
 // A warp's tokens of a chunk: 32 next to each other at a time.
@@ -406,6 +390,27 @@ __global__ __launch_bounds__(kDrawThreads) void draw_kernel(Batch batch, Chunks 
 
 }  // namespace
 
+#if !defined(__CUDACC_RTC__)  // the host half
+namespace {
+
+// The workspace: of the logits as they are, then of the allowed ones.
+struct Workspace {
+  Chunks full, allowed;
+
+  Workspace(void* memory, int64_t rows, int64_t vocabulary) {
+    const int64_t count = quotient_up(vocabulary, kChunkTokens), size = rows * count;
+    auto* const sums = static_cast<double*>(memory);
+    auto* const largest = reinterpret_cast<float*>(sums + 2 * size);
+    full = {sums, largest, int(count)};
+    allowed = {sums + size, largest + size, int(count)};
+  }
+  static int64_t bytes(int64_t rows, int64_t vocabulary) {
+    return 2 * rows * quotient_up(vocabulary, kChunkTokens) * int64_t(sizeof(double) + sizeof(float));
+  }
+};
+
+}  // namespace
+
 int64_t sample_workspace(int64_t rows, int64_t vocabulary) { return Workspace::bytes(rows, vocabulary); }
 
 void sample(float* logits, int64_t rows, int64_t vocabulary, float logit_scale, float logit_cap,
@@ -416,9 +421,11 @@ void sample(float* logits, int64_t rows, int64_t vocabulary, float logit_scale, 
   batch.processed = options.repetition_penalty != 1 || (options.min_tokens > 0 && options.stop_count > 0);
   if (options.top_k < 0 || options.top_k >= vocabulary) batch.options.top_k = 0;
   const Workspace memory(workspace, rows, vocabulary);
-  launch(summarise_kernel, dim3(quotient_up(memory.full.count, kChunkWarps), rows), dim3(32 * kChunkWarps), 0, stream,
-         batch, logit_scale, logit_cap, memory.full, memory.allowed);
-  launch(draw_kernel, dim3(rows), dim3(kDrawThreads), 0, stream, batch, memory.full, memory.allowed);
+  launch<summarise_kernel>(dim3(quotient_up(memory.full.count, kChunkWarps), rows), dim3(32 * kChunkWarps), 0, stream,
+                           batch, logit_scale, logit_cap, memory.full, memory.allowed);
+  launch<draw_kernel>(dim3(rows), dim3(kDrawThreads), 0, stream, batch, memory.full, memory.allowed);
 }
+
+#endif
 
 }  // namespace rlhf_fast::cuda

@@ -16,7 +16,8 @@ HOST = build.KERNELS.parent / "generation" / "cuda"
 def library() -> ctypes.CDLL:
     """CUDA graphs are the one part that it lacks."""
     host = [path for path in sorted(HOST.glob("*.cpp")) if path.stem != "memory"]
-    sources = [*sorted(build.KERNELS.glob("*.cu")), *host, Path(__file__).with_name("memory_on_cpu.cpp")]
+    ours = [Path(__file__).with_name(f"{name}_on_cpu.cpp") for name in ("memory", "driver")]
+    sources = [*sorted(build.KERNELS.glob("*.cu")), *host, *ours]
     folders = (build.KERNELS, build.KERNELS.parent / "cpu", build.KERNELS.parent / "generation")
     Device()  # the machine, and nothing that an earlier kernel left
     return ctypes.CDLL(str(build.kernels(build.PLAIN, sources, folders, flags=("-std=c++20",))))

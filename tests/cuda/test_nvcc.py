@@ -6,62 +6,40 @@ pytest -s tests/cuda/test_nvcc.py
 
 from __future__ import annotations
 
-import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from rlhf_fast.build_cuda import nvcc
+from tests.cuda.ptxas import check_registers, resources
 from tests.cuda_on_cpu.build import KERNELS
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 SOURCES = sorted(path.name for path in KERNELS.glob("*.cu"))
 
 
-def resources(said: str) -> dict[str, dict[str, int]]:
-    """Kernel -> registers, bytes of static shared memory, stack and spills, from what ptxas -v says."""
-    table: dict[str, dict[str, int]] = {}
-    for part in said.split("Compiling entry function '")[1:]:
-        numbers = {
-            name: sum(map(int, re.findall(pattern, part)))
-            for name, pattern in {
-                "registers": r"Used (\d+) registers",
-                "shared": r"(\d+) bytes smem",
-                "stack": r"(\d+) bytes stack frame",
-                "spills": r"(\d+) bytes spill",
-                "local": r"(\d+) bytes lmem",
-            }.items()
-        }
-        table[part.partition("'")[0]] = numbers
-    return table
-
-
-def readable(symbols: list[str]) -> list[str]:
-    done = subprocess.run(["c++filt", *symbols], capture_output=True, text=True, check=True)
-    return [name.removeprefix("void ").replace("rlhf_fast::cuda::", "").partition("(")[0] for name in
-            done.stdout.replace("(anonymous namespace)::", "").splitlines()]  # fmt: skip
+def by_nvcc(source: str, architecture: str, folder: Path) -> dict[str, dict[str, int]]:
+    """The resources of all kernels in the file."""
+    command = [nvcc(), "-std=c++17", f"-arch={architecture}", "-cubin", "-Xptxas=-v", "-Werror=all-warnings"]
+    done = subprocess.run(
+        [*command, str(KERNELS / source), "-o", str(folder / "out.cubin")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return resources(done.stderr)
 
 
 @pytest.mark.nvcc
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES)
 def test_kernels_keep_all_in_registers(source: str, architecture: str, tmp_path: Path) -> None:
-    command = [nvcc(), "-std=c++17", f"-arch={architecture}", "-cubin", "-Xptxas=-v", "-Werror=all-warnings"]
-    done = subprocess.run(
-        [*command, str(KERNELS / source), "-o", str(tmp_path / "out.cubin")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    table = resources(done.stderr)
+    table = by_nvcc(source, architecture, tmp_path)
     has_kernels = "__global__" in (KERNELS / source).read_text()
     assert bool(table) == has_kernels
-    for name, numbers in zip(readable(list(table)), table.values(), strict=True):
-        print(f"{source} {architecture} {name}: {numbers['registers']} registers, {numbers['shared']} bytes shared")
-        in_memory = {kind: numbers[kind] for kind in ("stack", "spills", "local") if numbers[kind]}
-        assert not in_memory, f"{name} on {architecture}: {in_memory} bytes"
+    check_registers(table, f"{source} {architecture}")
 
 
 @pytest.mark.nvcc

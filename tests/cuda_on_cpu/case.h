@@ -16,7 +16,7 @@ struct Arguments {
 #define KERNEL(name)                                                                                     \
   __global__ void name(Arguments a);                                                                     \
   extern "C" void run_##name(float* out, const float* x, float* scratch, int* counter, int64_t blocks) { \
-    launch(name, dim3(unsigned(blocks)), dim3(64), 64 * sizeof(float), nullptr,                          \
-           Arguments{out, x, scratch, counter});                                                         \
+    launch<name>(dim3(unsigned(blocks)), dim3(64), 64 * sizeof(float), nullptr,                          \
+                 Arguments{out, x, scratch, counter});                                                   \
   }                                                                                                      \
   __global__ void name(Arguments a)

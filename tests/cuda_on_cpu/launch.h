@@ -1,7 +1,16 @@
 // Launches: a grid of blocks, run to its end before launch() returns.
 #pragma once
 
+#include <utility>
+#include <vector>
+
 #include "types.h"
+
+// The kernel in the compiler's words.
+template <auto kKernel>
+const char* kernel_name() {
+  return __PRETTY_FUNCTION__;
+}
 
 namespace cuda_on_cpu {
 
@@ -30,12 +39,40 @@ void call_body(void* body) { (*static_cast<Body*>(body))(); }
 // Makes the library's thread-local variables, shared memory among them, exist before the scheduler looks for them.
 static thread_local volatile char thread_local_anchor;
 
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Arguments... arguments) {
-  thread_local_anchor = 0;
-  auto body = [&] { kernel(static_cast<Parameters>(arguments)...); };
-  run({reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, call_body<decltype(body)>, &body});
+// A kernel as a driver knows it: by name, launched with the address of each argument.
+struct NamedKernel {
+  const char* name;  // what kernel_name() says
+  void (*launch)(dim3 grid, dim3 block, size_t shared_bytes, void** arguments);
+};
+
+// All that a library launches anywhere.
+inline std::vector<NamedKernel>& named_kernels() {
+  static std::vector<NamedKernel> all;
+  return all;
 }
+
+template <auto kKernel, typename = decltype(kKernel)>
+struct Named;
+
+template <auto kKernel, typename... Arguments>
+void launch(dim3 grid, dim3 block, size_t shared_bytes, Arguments... arguments) {
+  (void)Named<kKernel>::listed;
+  thread_local_anchor = 0;
+  auto body = [&] { kKernel(arguments...); };
+  run({reinterpret_cast<const void*>(kKernel), grid, block, shared_bytes, call_body<decltype(body)>, &body});
+}
+
+template <auto kKernel, typename... Parameters>
+struct Named<kKernel, void (*)(Parameters...)> {
+  template <size_t... kIndices>
+  static void unpack(dim3 grid, dim3 block, size_t shared_bytes, void** arguments, std::index_sequence<kIndices...>) {
+    cuda_on_cpu::launch<kKernel>(grid, block, shared_bytes, *static_cast<Parameters*>(arguments[kIndices])...);
+  }
+  static void launch(dim3 grid, dim3 block, size_t shared_bytes, void** arguments) {
+    unpack(grid, block, shared_bytes, arguments, std::index_sequence_for<Parameters...>());
+  }
+  static inline const bool listed = (named_kernels().push_back({kernel_name<kKernel>(), launch}), true);
+};
 
 // An address that a 16-byte access takes, or a report.
 void check_aligned16(const void* address, const char* what);

@@ -26,8 +26,8 @@ __global__ void multiply_kernel(const T* a, const T* b, float* d) {
 
 template <typename T>
 void launch_multiply(const void* a, const void* b, float* d, cudaStream_t stream) {
-  launch(multiply_kernel<T>, dim3(1), dim3(32), (16 * 16 + 16 * 8) * sizeof(T), stream, static_cast<const T*>(a),
-         static_cast<const T*>(b), d);
+  launch<multiply_kernel<T>>(dim3(1), dim3(32), (16 * 16 + 16 * 8) * sizeof(T), stream, static_cast<const T*>(a),
+                             static_cast<const T*>(b), d);
 }
 
 }  // namespace

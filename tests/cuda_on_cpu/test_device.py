@@ -19,13 +19,13 @@ __global__ void add(const T* x, T* y, int64_t count) {
 }
 int64_t add_one(int type, const void* x, void* y, int64_t count) {
   const dim3 grid((count + 31) / 32);
-  if (type == 0) launch(add<float>, grid, 32, 0, nullptr, static_cast<const float*>(x), static_cast<float*>(y), count);
+  if (type == 0) launch<add<float>>(grid, 32, 0, nullptr, static_cast<const float*>(x), static_cast<float*>(y), count);
   if (type == 1) {
-    launch(add<__nv_bfloat16>, grid, 32, 0, nullptr, static_cast<const __nv_bfloat16*>(x),
-           static_cast<__nv_bfloat16*>(y), count);
+    launch<add<__nv_bfloat16>>(grid, 32, 0, nullptr, static_cast<const __nv_bfloat16*>(x),
+                               static_cast<__nv_bfloat16*>(y), count);
   }
   if (type == 2) {
-    launch(add<__half>, grid, 32, 0, nullptr, static_cast<const __half*>(x), static_cast<__half*>(y), count);
+    launch<add<__half>>(grid, 32, 0, nullptr, static_cast<const __half*>(x), static_cast<__half*>(y), count);
   }
   return count + (int64_t(1) << 40);
 }

@@ -70,8 +70,8 @@ class Device(emulated.Device):
 def library(sources: tuple[Path, ...], include: tuple[Path, ...]) -> tuple[ctypes.CDLL, dict[str, str]]:
     """The kernels for this GPU, with the names of their launchers."""
     architecture = build_cuda.present()[0]
-    chain = build_cuda.nvcc_toolchain(architecture)
-    flags = tuple(flag.replace(",-fvisibility=hidden", "") for flag in chain.compile_flags)
+    chain = build_cuda.cuda_toolchain(architecture)
+    flags = [flag.replace(",-fvisibility=hidden", "") for flag in chain.compile_flags if flag != "-fvisibility=hidden"]
     visible = build.Toolchain(chain.command, (*flags, *(f"-I{folder}" for folder in include)), chain.link_flags)
     headers = tuple(sorted(header for folder in include for header in folder.rglob("*.h")))
     path = build.build(

@@ -37,20 +37,22 @@ __global__ void load_kernel(const uint32_t* rows, uint32_t* registers) {
 }  // namespace
 }  // namespace rlhf_fast::cuda
 
+#if !defined(__CUDACC_RTC__)  // the host half
 using namespace rlhf_fast::cuda;
 
 extern "C" void multiply_bfloat16(const uint32_t* a, const uint32_t* b, float* d) {
-  launch(multiply_kernel<__nv_bfloat16>, dim3(1), dim3(32), 0, nullptr, a, b, d);
+  launch<multiply_kernel<__nv_bfloat16>>(dim3(1), dim3(32), 0, nullptr, a, b, d);
 }
 
 extern "C" void multiply_float16(const uint32_t* a, const uint32_t* b, float* d) {
-  launch(multiply_kernel<__half>, dim3(1), dim3(32), 0, nullptr, a, b, d);
+  launch<multiply_kernel<__half>>(dim3(1), dim3(32), 0, nullptr, a, b, d);
 }
 
 extern "C" void load_rows(const uint32_t* rows, uint32_t* registers) {
-  launch(load_kernel<false>, dim3(1), dim3(32), 0, nullptr, rows, registers);
+  launch<load_kernel<false>>(dim3(1), dim3(32), 0, nullptr, rows, registers);
 }
 
 extern "C" void load_columns(const uint32_t* rows, uint32_t* registers) {
-  launch(load_kernel<true>, dim3(1), dim3(32), 0, nullptr, rows, registers);
+  launch<load_kernel<true>>(dim3(1), dim3(32), 0, nullptr, rows, registers);
 }
+#endif
