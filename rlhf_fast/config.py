@@ -49,6 +49,7 @@ class TrainerConfig:
     max_steps: int | None = None
     batch_size: int = 32  # rows of one step, over all ranks
     micro_batch_tokens: int = 4096  # tokens (padding included) of one forward and backward on one rank
+    padding_free: bool = True  # sequences end to end, without padding, if the model's attention can; same results
     gradient_checkpointing: bool = False
 
     # Engine; what is offloaded has not run on a GPU yet: docs/scaling.md
@@ -77,7 +78,7 @@ class SFTConfig(TrainerConfig):
 
     learning_rate: float = 2e-5
     completion_only_loss: bool = True  # train on completions (assistant turns) only
-    packing: bool = False  # several examples in one sequence of max_length, attending to themselves only
+    packing: bool = False  # rows of batch_size are packs of examples, max_length tokens together
 
 
 @dataclass(kw_only=True)

@@ -41,6 +41,7 @@ MAY_CHANGE: dict[str, str] = {
     "eval_data": NOT_COMPARABLE,
     "num_eval_prompts": NOT_COMPARABLE,
     "micro_batch_tokens": NOT_BIT_FOR_BIT,
+    "padding_free": NOT_BIT_FOR_BIT,
     "rollout_batch_size": NOT_BIT_FOR_BIT,
     "rollout_backend": NOT_BIT_FOR_BIT,
     "gradient_checkpointing": NOT_BIT_FOR_BIT,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from rlhf_fast.config import PPOConfig, RewardConfig, SFTConfig, TrainerConfig
+from rlhf_fast.config import PPOConfig, RewardConfig, TrainerConfig
 from rlhf_fast.errors import ConfigError
 
 
@@ -218,12 +218,6 @@ def _common(c: TrainerConfig) -> Iterator[tuple[str, str]]:
         )
     if c.nvme_path is not None and not c.offload_param:
         yield "nvme_path", "weights alone go there, and only with offload_param: true."
-    if isinstance(c, SFTConfig) and c.packing and c.micro_batch_tokens < c.max_length:
-        yield (
-            "packing",
-            f"a packed sequence has max_length ({c.max_length}) tokens, a micro-batch only micro_batch_tokens "
-            f"({c.micro_batch_tokens}): raise the one or lower the other.",
-        )
 
 
 def _ppo(c: PPOConfig) -> Iterator[tuple[str, str]]:

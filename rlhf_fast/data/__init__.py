@@ -1,7 +1,7 @@
 """Data: files -> checked rows -> token ids -> batches. Formats: docs/data.md.
 
 load_rows reads and checks; ChatFormat tokenises; sft_dataset, preference_dataset and prompt_dataset make examples;
-EpochOrder, token_budget_batches, pad_right and pack make batches of them.
+EpochOrder, pack, token_budget_batches, first_fit_decreasing and pad_right make batches of them.
 """
 
 from rlhf_fast.data.batching import pad_right, token_budget_batches
@@ -16,7 +16,7 @@ from rlhf_fast.data.examples import (
     sft_dataset,
 )
 from rlhf_fast.data.order import EpochOrder
-from rlhf_fast.data.packing import PackedSequence, pack
+from rlhf_fast.data.packing import Pack, first_fit_decreasing, pack
 from rlhf_fast.data.rows import BadRow, Rows, load_rows
 from rlhf_fast.data.schema import RowError
 
@@ -25,12 +25,13 @@ __all__ = [
     "ChatFormat",
     "EpochOrder",
     "Examples",
-    "PackedSequence",
+    "Pack",
     "PreferenceExample",
     "PromptExample",
     "RowError",
     "Rows",
     "SFTExample",
+    "first_fit_decreasing",
     "load_rows",
     "pack",
     "pad_right",

@@ -1,60 +1,40 @@
-"""Several examples in one sequence, each attending to itself alone, so that no compute is spent on padding.
-
-What keeps them apart is `position_ids`, which restart at 0 with each example: transformers (masking_utils,
-find_packed_sequence_indices) then makes the causal mask block-diagonal, on two conditions. There must be no attention
-mask and no cache: `model(input_ids, position_ids=..., use_cache=False)`; with a cache, the default of most models, it
-silently attends across examples. And the model must pass position_ids on to its mask, which not all do (OPT does not):
-`rlhf_fast.models.supports_packing` tries it.
-"""
+"""Rows put together so that they fill up a number of tokens: examples into packs, rows into micro-batches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from rlhf_fast.data.examples import SFTExample
 
+Pack = list[SFTExample]  # examples that count as one row of a batch
 
-@dataclass(frozen=True)
-class PackedSequence:
-    """input_ids, loss_mask and position_ids, [L] each; positions restart at 0 with each example.
 
-    The mask is False on each example's first token: the state before it belongs to another example.
-    Pad a batch of them on the right with position 0: padding then attends to nothing but itself.
+def pack(examples: Sequence[SFTExample], max_length: int) -> list[Pack]:
+    """Put whole examples into packs of at most max_length tokens; none is cut, lost or used twice.
+
+    Raises ValueError for an example longer than max_length.
     """
-
-    input_ids: list[int]
-    loss_mask: list[bool]
-    position_ids: list[int]
-
-
-def pack(examples: Sequence[SFTExample], max_length: int) -> list[PackedSequence]:
-    """Put whole examples into sequences of at most max_length tokens; none is cut, lost or used twice.
-
-    First-fit decreasing (Johnson 1973): at most 11/9 of the fewest sequences possible, plus one. Equal input, equal
-    output. Raises ValueError for an example longer than max_length.
-    """
-    longest = max((len(e.input_ids) for e in examples), default=0)
+    lengths = [len(example.input_ids) for example in examples]
+    longest = max(lengths, default=0)
     if longest > max_length:
         raise ValueError(f"an example has {longest} tokens, more than max_length {max_length}; cut it first")
-    order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].input_ids), i))
-    bins = _Bins(len(examples), max_length)
-    members: list[list[SFTExample]] = []
+    return [[examples[i] for i in group] for group in first_fit_decreasing(lengths, max_length)]
+
+
+def first_fit_decreasing(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices of rows, in groups of at most `size` tokens; a longer row is alone.
+
+    Johnson 1973: at most 11/9 of the fewest groups possible, plus one. Longest first; equal input, equal output.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    bins = _Bins(len(lengths), size)
+    groups: list[list[int]] = []
     for i in order:
-        place = bins.put(len(examples[i].input_ids))
-        if place == len(members):
-            members.append([])
-        members[place].append(examples[i])
-    return [_join(group) for group in members]
-
-
-def _join(group: list[SFTExample]) -> PackedSequence:
-    packed = PackedSequence([], [], [])
-    for example in group:
-        packed.input_ids.extend(example.input_ids)
-        packed.loss_mask.extend([False, *example.loss_mask[1:]])
-        packed.position_ids.extend(range(len(example.input_ids)))
-    return packed
+        place = bins.put(min(lengths[i], size))
+        if place == len(groups):
+            groups.append([])
+        groups[place].append(i)
+    return groups
 
 
 class _Bins:

@@ -98,7 +98,7 @@ class _Describer:
         out.logit_scale, out.logit_cap = head.scale, head.softcap or 0.0
         out.vocabulary = output.weight.shape[0]
         out.heads, out.layers = self.heads, self.layers
-        out.eager = self.config._attn_implementation == "eager"
+        out.eager = self.config._attn_implementation.endswith("eager")
         out.type = self.dtype(self.model.get_input_embeddings().weight)
         return Spec(out, self.made, self.linears)
 

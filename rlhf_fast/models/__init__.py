@@ -5,6 +5,7 @@ loading.py   load_tokenizer, load_causal_lm, load_scalar_model, save_model
 head.py      how a model turns hidden states into logits, and that product in fp32 on the wanted tokens only
 modules.py   PolicyModel, ScalarModel, SharedModel
 offload.py   weights of a frozen model in the host's memory except while it is asked
+padding_free.py  an attention that lets them read sequences end to end, without padding
 adapters.py  LoRA: adapters added, switched off, saved, merged
 """
 
@@ -20,8 +21,16 @@ from .loading import (
     load_scalar_model,
     load_tokenizer,
     save_model,
+    unwrap,
 )
-from .modules import PolicyModel, ScalarModel, SharedModel, set_gradient_checkpointing, supports_packing
+from .modules import (
+    PolicyModel,
+    ScalarModel,
+    SharedModel,
+    is_padding_free,
+    set_gradient_checkpointing,
+    set_padding_free,
+)
 from .offload import OffloadedWeights
 
 __all__ = [
@@ -35,6 +44,7 @@ __all__ = [
     "check_vocabulary",
     "context_length",
     "export_merged",
+    "is_padding_free",
     "load_causal_lm",
     "load_model_config",
     "load_scalar_model",
@@ -42,5 +52,6 @@ __all__ = [
     "save_model",
     "scores_sequences",
     "set_gradient_checkpointing",
-    "supports_packing",
+    "set_padding_free",
+    "unwrap",
 ]

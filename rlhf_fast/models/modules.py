@@ -1,13 +1,13 @@
 """The modules that DeepSpeed wraps: a policy, a scalar model (value or reward), a policy with a value head.
 
-All take `input_ids` [b, L] int64, right-padded or packed, and flat indices of the N states wanted, so that the head
-runs on those alone. No attention mask is needed: attention is causal and padding comes after every wanted state, so
-no wanted state sees it. Packed rows give `position_ids` [b, L] that restart at 0 with each sequence; transformers reads
-the borders from them (see supports_packing).
+All take `input_ids` [b, L] int64, right-padded, and flat indices of the N states wanted, so that the head runs on those
+alone. No attention mask is needed: attention is causal and padding comes after every wanted state, so no wanted state
+sees it. With `lengths`, the tokens of each row, a model that set_padding_free prepared does not even read the padding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from rlhf_fast.ops import Backend, CrossEntropyLoss, PPOLoss
 
 from .head import LMHead, ScalarHead, ValueHead, compute_dtype, name_of
 from .loading import VALUE_HEAD, unwrap
+from .padding_free import borders, end_to_end, is_switched, switch_attention, switch_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +48,7 @@ class PolicyModel(nn.Module):
         ids: Tensor,
         *,
         temperature: float = 1.0,
-        position_ids: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
         ops_backend: Backend = "auto",
         **loss: Any,
     ) -> tuple[Tensor, Tensor] | PPOLoss | CrossEntropyLoss:
@@ -60,7 +61,7 @@ class PolicyModel(nn.Module):
         these log-probs, as from ops.linear_ppo_loss. With mask [N] and num_tokens alone: CrossEntropyLoss, as from
         ops.linear_cross_entropy. A loss is made here because the head's weight is here: see ZeRO-3 in LMHead.
         """
-        hidden = _states(decoder_of(self.model), input_ids, rows, positions, position_ids)
+        hidden = _states(decoder_of(self.model), input_ids, rows, positions, lengths)
         return self.head(hidden, ids, temperature=temperature, ops_backend=ops_backend, **loss)
 
 
@@ -90,7 +91,7 @@ class SharedModel(nn.Module):
         ids: Tensor,
         *,
         temperature: float = 1.0,
-        position_ids: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
         ops_backend: Backend = "auto",
         **loss: Any,
     ) -> tuple[Tensor, Tensor, Tensor] | tuple[PPOLoss, Tensor] | CrossEntropyLoss:
@@ -99,7 +100,7 @@ class SharedModel(nn.Module):
         Its CrossEntropyLoss comes without values. They count 0 there, so that all weights have a gradient, as under
         ZeRO they must in every micro-batch.
         """
-        hidden = _states(decoder_of(self.model), input_ids, rows, positions, position_ids)
+        hidden = _states(decoder_of(self.model), input_ids, rows, positions, lengths)
         found = self.head(hidden, ids, temperature=temperature, ops_backend=ops_backend, **loss)
         values = self.value_head(hidden)
         if isinstance(found, CrossEntropyLoss):
@@ -128,9 +129,11 @@ class ScalarModel(nn.Module):
         self.head = ScalarHead(score)
         _check_score(model, self.head)
 
-    def forward(self, input_ids: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, rows: Tensor, positions: Tensor, *, lengths: Sequence[int] | None = None
+    ) -> Tensor:
         """Values [N] (fp32; fp64 for a fp64 model) of the states at `rows`, `positions` [N] int64."""
-        return self.head(_states(self.model.base_model, input_ids, rows, positions, None))
+        return self.head(_states(self.model.base_model, input_ids, rows, positions, lengths))
 
 
 def set_gradient_checkpointing(model: nn.Module, on: bool) -> None:
@@ -153,17 +156,31 @@ def set_gradient_checkpointing(model: nn.Module, on: bool) -> None:
 
 
 @torch.no_grad()
-def supports_packing(model: nn.Module) -> bool:
-    """Whether sequences packed into one row with restarting position_ids stay apart, tried on a few tokens."""
+def set_padding_free(model: nn.Module) -> bool:
+    """Let a model read rows without their padding where `lengths` are given: see padding_free.py.
+
+    Takes a transformers model or one of the modules above, on one device and whole. It is tried on a few tokens; False
+    if this model's attention cannot, and nothing has changed then.
+    """
     inner: Any = unwrap(model)
     backbone = decoder_of(inner)
-    first, second = _probe_ids(inner, 6).split(3, dim=1)
-    positions = torch.arange(3, device=first.device).repeat(2)[None]
-    try:
-        packed = _hidden(backbone, torch.cat([first, second], dim=1), positions)[:, 3:]
-    except (TypeError, ValueError):  # takes no position_ids
+    switch_attention(inner, backbone)
+    if not is_switched(backbone):
         return False
-    return _close(packed, _hidden(backbone, second))
+    ids = _probe_ids(inner, 6).reshape(2, 3)
+    rows, positions = torch.tensor([0, 1], device=ids.device), torch.tensor([1, 2], device=ids.device)
+    try:
+        works = _close(_states(backbone, ids, rows, positions, [2, 3]), _hidden(backbone, ids)[rows, positions])
+    except Exception:  # takes no position_ids, or looks into its mask: whatever it raises, it cannot
+        works = False
+    if not works:
+        switch_back(inner, backbone)
+    return works
+
+
+def is_padding_free(model: nn.Module) -> bool:
+    """Whether set_padding_free was here and could."""
+    return is_switched(decoder_of(unwrap(model)))
 
 
 def decoder_of(model: Any) -> nn.Module:
@@ -173,14 +190,19 @@ def decoder_of(model: Any) -> nn.Module:
 
 
 def _states(
-    backbone: nn.Module, input_ids: Tensor, rows: Tensor, positions: Tensor, position_ids: Tensor | None
+    backbone: nn.Module, input_ids: Tensor, rows: Tensor, positions: Tensor, lengths: Sequence[int] | None
 ) -> Tensor:
-    return _hidden(backbone, input_ids, position_ids)[rows, positions]
+    """[N, H], the states at rows, positions [N]; padding is left out if lengths are given and the model can do so."""
+    if lengths is None or not is_switched(backbone):
+        return _hidden(backbone, input_ids)[rows, positions]
+    row, starts = end_to_end(input_ids, lengths)
+    with borders(lengths):
+        states = backbone(**row, use_cache=False).last_hidden_state[0]
+    return states[starts[rows] + positions]
 
 
-def _hidden(backbone: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    packing = {} if position_ids is None else {"position_ids": position_ids}
-    return backbone(input_ids=input_ids, use_cache=False, **packing).last_hidden_state
+def _hidden(backbone: nn.Module, input_ids: Tensor) -> Tensor:
+    return backbone(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
 def _probe_ids(model: Any, count: int) -> Tensor:

@@ -4,25 +4,48 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Sequence
 
 import numpy
 import torch
+from torch import nn
 
 from rlhf_fast.config import PPOConfig, TrainerConfig
-from rlhf_fast.data import token_budget_batches
+from rlhf_fast.data import first_fit_decreasing, token_budget_batches
 from rlhf_fast.distributed import World, all_reduce_max
 from rlhf_fast.errors import ConfigError
+from rlhf_fast.models import set_padding_free, unwrap
 
 
-def micro_batches(lengths: Sequence[int], budget: int, world: World) -> list[list[int]]:
-    """Split rows into micro-batches of at most `budget` tokens, padding included; as many on every rank.
+def use_padding_free(config: TrainerConfig, models: Sequence[nn.Module], world: World) -> bool:
+    """Let models read rows without padding, if the config says so and all of them can. Warns of one that cannot."""
+    if not config.padding_free:
+        return False
+    for model in models:
+        if not set_padding_free(model):
+            if world.is_main:
+                name = type(unwrap(model)).__name__
+                warnings.warn(f"padding_free: {name} cannot keep sequences apart; rows are padded", stacklevel=2)
+            return False
+    return True
 
-    A rank with fewer gets empty ones at the end. It must run them all the same (on any row, with nothing unmasked):
-    a rank that skips a backward pass leaves the others waiting in a collective.
+
+def micro_batches(lengths: Sequence[int], budget: int, world: World, *, padding_free: bool) -> list[list[int]]:
+    """Split rows into micro-batches of at most `budget` tokens; as many on every rank.
+
+    Padding counts, so that rows go together by length; padding_free: it does not, and micro-batches are full. A rank
+    that needs fewer than another makes smaller ones. With fewer rows than that it gets empty ones at the end, which it
+    must run all the same (on any row, with nothing unmasked): a rank that skips a backward pass leaves the others
+    waiting in a collective.
     """
-    batches = token_budget_batches(lengths, budget) if lengths else []
+    split = first_fit_decreasing if padding_free else token_budget_batches
+    batches = split(lengths, budget)
     most = int(all_reduce_max(len(batches), world))
+    while len(batches) < min(most, len(lengths)):
+        largest = max(batches, key=len)
+        batches[batches.index(largest)], rest = largest[::2], largest[1::2]
+        batches.append(rest)
     return batches + [[] for _ in range(most - len(batches))]
 
 

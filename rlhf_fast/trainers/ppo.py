@@ -259,7 +259,8 @@ class PPOTrainer:
         """Add the gradients of one optimiser step; returns its statistics over all ranks."""
         config, world = self.config, self.world
         num_tokens = all_reduce_sum(experience.mask.sum(), world).clamp_min(1)
-        batches = micro_batches(sequence_lengths(experience.rollout), config.micro_batch_tokens, world)
+        lengths, padding_free = sequence_lengths(experience.rollout), self.models.padding_free
+        batches = micro_batches(lengths, config.micro_batch_tokens, world, padding_free=padding_free)
         shares: list[dict[str, Tensor]] = []
         for i, batch in enumerate(batches):
             part = experience.select(batch or [0])
@@ -294,8 +295,9 @@ class PPOTrainer:
             "returns": part.returns[tokens],
             "cliprange_value": config.cliprange_value,
         }
-        inputs = part.rollout.sequences(self.tokenizer.pad_token_id)
-        policy, value = self.models.backward(inputs, ppo_loss, value_loss, policy_learns=self.policy_learns, last=last)
+        policy, value = self.models.backward(
+            part.rollout, ppo_loss, value_loss, policy_learns=self.policy_learns, last=last
+        )
         stats = {"loss/value_avg": value.loss.detach(), "val/clipfrac_avg": value.stats["value_clip_fraction"]}
         if policy is None:
             return stats

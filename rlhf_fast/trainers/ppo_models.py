@@ -29,9 +29,7 @@ from rlhf_fast.models import (
     load_scalar_model,
     set_gradient_checkpointing,
 )
-from rlhf_fast.trainers.batching import micro_batches
-
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # Rollout.sequences: input_ids, rows, positions, ids
+from rlhf_fast.trainers.batching import micro_batches, use_padding_free
 
 
 class PPOModels:
@@ -63,6 +61,8 @@ class PPOModels:
             self.reference = PolicyModel(reference).requires_grad_(False)
             check_vocabulary(reference, tokenizer)
         set_gradient_checkpointing(self.causal_lm, config.gradient_checkpointing)
+        models = [model for model in (self.policy_module, self.critic_module, self.reference) if model is not None]
+        self.padding_free = use_padding_free(config, models, world)
 
     def _load_critic(self, tokenizer: PreTrainedTokenizerBase) -> ScalarModel:
         config = self.config
@@ -115,7 +115,7 @@ class PPOModels:
 
     def backward(
         self,
-        inputs: Inputs,
+        rollout: Rollout,
         ppo_loss: dict[str, Any],
         value_loss: dict[str, Any],
         *,
@@ -128,7 +128,8 @@ class PPOModels:
         ppo_loss, value_loss: the arguments, [N], of these ops besides what the models give. A critic of its own runs
         after the policy's backward, so that the activations of one model are alive at a time.
         """
-        arguments = ppo_loss | {"temperature": self.config.temperature, "ops_backend": self.config.ops_backend}
+        inputs, lengths = rollout.sequences(self.pad_id), sequence_lengths(rollout)
+        arguments = ppo_loss | self._arguments(lengths)
         if self.critic is None:
             policy, values = self.policy(*inputs, **arguments)
             value = ops.value_loss(values, **value_loss, backend=self.config.ops_backend)
@@ -138,7 +139,8 @@ class PPOModels:
             if policy_learns:
                 policy = self.policy(*inputs, **arguments)
                 self.policy.backward(policy.policy_loss, last=last)
-            value = ops.value_loss(self.critic(*inputs[:3]), **value_loss, backend=self.config.ops_backend)
+            values = self.critic(*inputs[:3], lengths=lengths)
+            value = ops.value_loss(values, **value_loss, backend=self.config.ops_backend)
             self.critic.backward(value.loss, last=last)
         return policy, value
 
@@ -160,11 +162,11 @@ class PPOModels:
         if logprobs:
             found["logprobs"] = zeros.clone()
         lengths = sequence_lengths(wanted)
+        budget = self.config.micro_batch_tokens
         with self.reference_loaded():
-            for batch in micro_batches(lengths, self.config.micro_batch_tokens, self.world):
+            for batch in micro_batches(lengths, budget, self.world, padding_free=self.padding_free):
                 part = wanted.select(batch) if batch else self._idle()
-                inputs = part.sequences(self.pad_id)
-                flat = self._frozen_outputs(inputs, logprobs)
+                flat = self._frozen_outputs(part, logprobs)
                 if batch:
                     for name, into in found.items():
                         into[batch] = part.scatter(flat[name])
@@ -175,11 +177,17 @@ class PPOModels:
         zero = torch.zeros(1, 1, device=self.world.device)
         return Rollout([[self.pad_id]], zero.long(), zero == 0, zero, zero, ["length"])
 
-    def _frozen_outputs(self, inputs: Inputs, logprobs: bool) -> dict[str, Tensor]:
-        arguments = {"temperature": self.config.temperature, "ops_backend": self.config.ops_backend}
+    def _arguments(self, lengths: list[int]) -> dict[str, Any]:
+        """What every forward of a policy takes."""
+        config = self.config
+        return {"lengths": lengths, "temperature": config.temperature, "ops_backend": config.ops_backend}
+
+    def _frozen_outputs(self, rollout: Rollout, logprobs: bool) -> dict[str, Tensor]:
+        inputs, lengths = rollout.sequences(self.pad_id), sequence_lengths(rollout)
+        arguments = self._arguments(lengths)
         flat: dict[str, Tensor] = {}
         if self.critic is not None:
-            flat["values"] = self.critic(*inputs[:3])
+            flat["values"] = self.critic(*inputs[:3], lengths=lengths)
         if logprobs or self.critic is None:
             outputs = self.policy(*inputs, **arguments)
             flat["logprobs"] = outputs[0]

@@ -24,7 +24,7 @@ from rlhf_fast.models import (
     save_model,
     set_gradient_checkpointing,
 )
-from rlhf_fast.trainers.batching import check_ranks, count_steps, micro_batches, seed_everything
+from rlhf_fast.trainers.batching import check_ranks, count_steps, micro_batches, seed_everything, use_padding_free
 from rlhf_fast.trainers.run import Metrics, Run
 from rlhf_fast.trainers.run_folder import open_run_folder
 
@@ -80,6 +80,7 @@ class RewardTrainer:
         if config.use_peft:
             add_adapters(self.model, config)
         set_gradient_checkpointing(self.model, config.gradient_checkpointing)
+        self.padding_free = use_padding_free(config, [self.model], self.world)
 
         checkpoint = open_run_folder(config, self.world, resume=resume)
         self.scorer = Engine(ScalarModel(self.model), config=config, world=self.world, total_steps=self.total_steps)
@@ -144,10 +145,11 @@ class RewardTrainer:
         the scores, detached, of all sequences."""
         device = self.world.device
         sequences = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+        lengths = [len(ids) for ids in sequences]
         input_ids = pad_right(sequences, self.tokenizer.pad_token_id, device)
         rows = torch.arange(len(sequences), device=device)
-        last = torch.tensor([len(ids) - 1 for ids in sequences], device=device)
-        chosen, rejected = self.scorer(input_ids, rows, last).chunk(2)
+        last = torch.tensor(lengths, device=device) - 1
+        chosen, rejected = self.scorer(input_ids, rows, last, lengths=lengths).chunk(2)
         margin = torch.tensor([pair.margin for pair in pairs], dtype=chosen.dtype, device=device)
         loss = -F.logsigmoid(chosen - rejected - margin)
         if self.config.center_rewards_coefficient:
@@ -181,8 +183,9 @@ class RewardTrainer:
                 save_model(self.model, self.tokenizer, folder)
 
     def _micro_batches(self, pairs: Sequence[PreferenceExample]) -> list[list[int]]:
-        lengths = [2 * max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
-        return micro_batches(lengths, self.config.micro_batch_tokens, self.world)
+        both = [(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
+        lengths = [sum(pair) if self.padding_free else 2 * max(pair) for pair in both]
+        return micro_batches(lengths, self.config.micro_batch_tokens, self.world, padding_free=self.padding_free)
 
     def _load(self, path: str | list[str], chat: ChatFormat) -> Examples[PreferenceExample]:
         if not path:

@@ -13,7 +13,7 @@ from rlhf_fast.data import (
     ChatFormat,
     EpochOrder,
     Examples,
-    PackedSequence,
+    Pack,
     SFTExample,
     load_rows,
     pack,
@@ -21,7 +21,6 @@ from rlhf_fast.data import (
 )
 from rlhf_fast.distributed import init_distributed
 from rlhf_fast.engine import Engine
-from rlhf_fast.errors import ConfigError
 from rlhf_fast.models import (
     PolicyModel,
     add_adapters,
@@ -31,9 +30,8 @@ from rlhf_fast.models import (
     load_tokenizer,
     save_model,
     set_gradient_checkpointing,
-    supports_packing,
 )
-from rlhf_fast.trainers.batching import check_ranks, count_steps, seed_everything
+from rlhf_fast.trainers.batching import check_ranks, count_steps, seed_everything, use_padding_free
 from rlhf_fast.trainers.cross_entropy import CrossEntropy
 from rlhf_fast.trainers.run import Metrics, Run
 from rlhf_fast.trainers.run_folder import open_run_folder
@@ -55,21 +53,18 @@ class SFTTrainer:
         self.tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
         chat = ChatFormat(self.tokenizer, system_prompt=config.system_prompt, chat_template=config.chat_template)
         train, held_out = self._load(config.train_data, chat), self._load(config.eval_data or [], chat)
-        self.train_rows, self.eval_rows = self._packed(train), self._packed(held_out)
-        self.total_steps = count_steps(config, len(self.train_rows), config.batch_size)
+        self.train_packs, self.eval_packs = self._packs(train), self._packs(held_out)
+        self.total_steps = count_steps(config, len(self.train_packs), config.batch_size)
         self.model = load_causal_lm(
             config.model_name_or_path, dtype=config.dtype, trust_remote_code=config.trust_remote_code
         )
         check_vocabulary(self.model, self.tokenizer)
         longest = max(len(example.input_ids) for example in [*train, *held_out])
         check_positions(self.model, longest, "lower max_length")
-        if config.packing and not supports_packing(self.model):
-            raise ConfigError(
-                f"packing: {type(self.model).__name__} lets packed examples see each other; set packing=false"
-            )
         if config.use_peft:
             add_adapters(self.model, config)
         set_gradient_checkpointing(self.model, config.gradient_checkpointing)
+        use_padding_free(config, [self.model], self.world)
 
         checkpoint = open_run_folder(config, self.world, resume=resume)
         self.policy = Engine(PolicyModel(self.model), config=config, world=self.world, total_steps=self.total_steps)
@@ -80,7 +75,7 @@ class SFTTrainer:
             ops_backend=config.ops_backend,
         )
         self.order = EpochOrder(
-            len(self.train_rows),
+            len(self.train_packs),
             config.batch_size,
             seed=config.seed,
             rank=self.world.rank,
@@ -104,9 +99,9 @@ class SFTTrainer:
         """Run all steps that are left; writes the run's folder."""
         run = self.run
         for _step in run.steps():
-            rows = [self.train_rows[i] for i in self.order.next()]
+            examples = [example for i in self.order.next() for example in self.train_packs[i]]
             with run.timer("train"):
-                stats = self.accumulate(rows)
+                stats = self.accumulate(examples)
                 learning_rate = self.policy.learning_rate
                 result = self.policy.step()
             run.check_finite(result.skipped)
@@ -119,11 +114,11 @@ class SFTTrainer:
                 }
             )
 
-    def accumulate(self, rows: Sequence[SFTExample | PackedSequence]) -> Metrics:
-        """Add the gradients of one step's rows; returns means over the trained tokens of all ranks."""
-        num_tokens = self.cross_entropy.count(rows)
+    def accumulate(self, examples: Sequence[SFTExample]) -> Metrics:
+        """Add the gradients of one step's examples; returns means over the trained tokens of all ranks."""
+        num_tokens = self.cross_entropy.count(examples)
         shares = []
-        for found, last in self.cross_entropy.losses(self.policy, rows, num_tokens, spare=rows[0]):
+        for found, last in self.cross_entropy.losses(self.policy, examples, num_tokens, spare=examples[0]):
             self.policy.backward(found.loss, last=last)
             shares.append(found)
         return {**self.cross_entropy.means(shares), "num_tokens": num_tokens}
@@ -131,12 +126,13 @@ class SFTTrainer:
     @torch.no_grad()
     def evaluate(self, step: int) -> Metrics:
         """Mean cross-entropy and accuracy over the trained tokens of eval_data."""
-        if not self.eval_rows:
+        if not self.eval_packs:
             return {}
-        rows = self.eval_rows[self.world.rank :: self.world.world_size]
-        num_tokens = self.cross_entropy.count(rows)
-        shares = [found for found, _ in self.cross_entropy.losses(self.policy, rows, num_tokens, self.eval_rows[0])]
-        return {f"eval/{name}": value for name, value in self.cross_entropy.means(shares).items()}
+        mine = self.eval_packs[self.world.rank :: self.world.world_size]
+        examples = [example for members in mine for example in members]
+        num_tokens = self.cross_entropy.count(examples)
+        losses = self.cross_entropy.losses(self.policy, examples, num_tokens, spare=self.eval_packs[0][0])
+        return {f"eval/{name}": value for name, value in self.cross_entropy.means([x for x, _ in losses]).items()}
 
     def export(self, folder: Path) -> None:
         """Write the model, or its adapters, as transformers loads it."""
@@ -151,5 +147,5 @@ class SFTTrainer:
         rows = load_rows(path, kind="sft", on_bad_row=config.on_bad_row)
         return sft_dataset(rows, chat, max_length=config.max_length, completion_only_loss=config.completion_only_loss)
 
-    def _packed(self, examples: Sequence[SFTExample]) -> Sequence[SFTExample | PackedSequence]:
-        return pack(examples, self.config.max_length) if self.config.packing else examples
+    def _packs(self, examples: Sequence[SFTExample]) -> list[Pack]:
+        return pack(examples, self.config.max_length) if self.config.packing else [[example] for example in examples]

@@ -88,11 +88,6 @@ MISTAKES: list[tuple[type[TrainerConfig], dict[str, Any], str]] = [
         {"zero_stage": 3, "offload_param": True, "nvme_path": "/disk", "value_zero_stage": 2},
         r"value_zero_stage: offload_param needs at least 3 for the value model too",
     ),
-    (
-        SFTConfig,
-        {"packing": True, "max_length": 8192},
-        r"packing: a packed sequence has max_length \(8192\) tokens, a micro-batch only micro_batch_tokens \(4096\)",
-    ),
     (PPOConfig, {"ema_decay": 1.5}, r"ema_decay: must be at least 0 and at most 1, got 1\.5"),
     (PPOConfig, {"unsup_coef": -1.0, "unsup_data": "t.jsonl"}, r"unsup_coef: must be at least 0"),
     (PPOConfig, {"unsup_coef": 2.0}, r"^unsup_data: is needed beside unsup_coef: 2\.0, or leave both out"),

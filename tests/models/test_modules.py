@@ -18,7 +18,6 @@ from rlhf_fast.models import (
     head,
     load_causal_lm,
     set_gradient_checkpointing,
-    supports_packing,
 )
 from tests.families import FAMILIES, VOCABULARY, tiny_config, tiny_model
 
@@ -184,26 +183,6 @@ def test_construction_leaves_mode_and_generator_alone() -> None:
     PolicyModel(model)
     assert model.training
     assert torch.equal(torch.get_rng_state(), before)
-
-
-# ---- packing ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "opt"])
-def test_packed_sequences_stay_apart(family: str) -> None:
-    model = tiny_model(family)
-    assert supports_packing(model)
-    input_ids, rows, positions, ids = ragged_batch()
-    wanted, _ = PolicyModel(model)(input_ids, rows, positions, ids)
-    packed = torch.cat([input_ids[row, :length] for row, length in enumerate(LENGTHS)])[None]
-    places = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-    starts = torch.tensor([0, LENGTHS[0], LENGTHS[0] + LENGTHS[1]])
-    got, _ = PolicyModel(model)(packed, torch.zeros_like(rows), starts[rows] + positions, ids, position_ids=places)
-    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5)
-
-
-def test_a_model_that_mixes_packed_sequences_says_so() -> None:
-    assert not supports_packing(PolicyModel(tiny_model("opt")))  # reads no borders from position_ids
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 import rlhf_fast.engine
 from rlhf_fast import PPOConfig, PPOTrainer
 from rlhf_fast.distributed import gather_objects, init_distributed
+from rlhf_fast.trainers.batching import micro_batches
 
 
 def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -22,6 +23,11 @@ def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[f
 def main(config_file: Path, folder: Path, stages: list[int]) -> None:
     world = init_distributed("cpu")
     base = PPOConfig(**json.loads(config_file.read_text()))
+    lengths = [[5, 3, 5, 3, 3], [2, 2]][world.rank % 2]
+    splits = [micro_batches(lengths, 6, world, padding_free=padding_free) for padding_free in (True, False)]
+    of_ranks = gather_objects(splits, world)
+    if world.is_main:
+        (folder / "micro_batches.json").write_text(json.dumps(of_ranks))
     for stage in stages:
         # A budget of its own for each number of ranks, so that micro-batches differ too.
         config = replace(

@@ -64,7 +64,7 @@ class GivenPolicy:
 class GivenCritic:
     """In place of the critic's engine."""
 
-    def __call__(self, input_ids: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, rows: Tensor, positions: Tensor, **arguments: Any) -> Tensor:
         return NEW_VALUES[MASK]
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

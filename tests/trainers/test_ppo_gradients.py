@@ -60,9 +60,10 @@ def count_a(prompts, completions, **columns):
     return [text.count("a") - 0.1 * len(text) for text in completions]
 
 
+@pytest.mark.parametrize("padding_free", [True, False], ids=["end to end", "padded"])
 @pytest.mark.parametrize(("micro_batch_tokens", "logits_bytes"), [(1, 2**30), (24, 0), (100000, 2**30)])
 def test_gradients_of_a_step_equal_plain_pytorch(
-    micro_batch_tokens: int, logits_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    micro_batch_tokens: int, logits_bytes: int, padding_free: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head, "LOGITS_BYTES", logits_bytes)
     policy_path = save_letters_model(tmp_path / "policy", seed=1, dtype=torch.float64)
@@ -82,10 +83,12 @@ def test_gradients_of_a_step_equal_plain_pytorch(
         cliprange=CLIP,
         cliprange_value=CLIP_VALUE,
         micro_batch_tokens=micro_batch_tokens,
+        padding_free=padding_free,
         max_steps=1,
         report_to=[],
     )
     trainer = PPOTrainer(config, reward=count_a)
+    assert trainer.models.padding_free == padding_free
     critic_path = tmp_path / "critic"
     trainer.models.critic_module.model.save_pretrained(critic_path)
 

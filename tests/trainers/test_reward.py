@@ -74,3 +74,27 @@ def test_loss_is_bradley_terry_with_margin(letters_model: Path, tmp_path: Path) 
     every = torch.cat([chosen, rejected])
     for name, value in (("min", every.min()), ("mean", every.mean()), ("max", every.max())):
         assert row[f"{name}_reward"] == pytest.approx(float(value), rel=1e-4, abs=1e-6)
+
+
+def test_padding_changes_nothing(letters_model: Path, tmp_path: Path) -> None:
+    runs = []
+    for padding_free in (True, False):
+        folder = tmp_path / str(padding_free)
+        folder.mkdir()
+        rows = train(
+            letters_model,
+            folder,
+            TRAIN,
+            padding_free=padding_free,
+            micro_batch_tokens=50,
+            learning_rate=1e-2,
+            max_steps=3,
+        )
+        runs.append((rows, AutoModelForSequenceClassification.from_pretrained(folder / "run" / "final").state_dict()))
+    (mine, ours), (theirs, padded) = runs
+    for a, b in zip(mine, theirs, strict=True):
+        for name in ("loss", "grad_norm", "margin", "min_reward", "max_reward", "num_tokens"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), (a["step"], name)
+    assert mine[-1]["eval/loss"] == pytest.approx(theirs[-1]["eval/loss"], rel=1e-4)
+    for name, weight in padded.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-5)

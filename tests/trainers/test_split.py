@@ -104,6 +104,11 @@ def test_one_rank_and_two_are_the_same_run(letters_model: Path, tmp_path: Path) 
     }
     run_on(1, tmp_path / "one", [1], config)
     run_on(2, tmp_path / "two", [2, 3], config)
+    # As many micro-batches on both ranks, none empty while there are rows to share out.
+    assert json.loads((tmp_path / "two" / "micro_batches.json").read_text()) == [
+        [[[0], [2], [1, 3], [4]], [[0], [2], [1, 3], [4]]],
+        [[[0], [1], [], []], [[0], [1], [], []]],
+    ]
     whole = optimizer_bytes(tmp_path / "one", 1)
     assert len(whole) == 1
     for stage in (2, 3):
