@@ -49,7 +49,15 @@ class GivenPolicy:
     """In place of the policy's engine: the given log-probs are those of `ids`, one other token has the rest."""
 
     def __call__(
-        self, input_ids: Tensor, rows: Tensor, positions: Tensor, ids: Tensor, ops_backend: str, **ppo_loss: Any
+        self,
+        input_ids: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        ids: Tensor,
+        *,
+        lengths: list[int],
+        ops_backend: str,
+        **ppo_loss: Any,
     ) -> ops.PPOLoss:
         given = NEW_LOGPROBS[MASK]
         logits = torch.full((len(ids), 10), -torch.inf, dtype=torch.float64)
@@ -64,7 +72,7 @@ class GivenPolicy:
 class GivenCritic:
     """In place of the critic's engine."""
 
-    def __call__(self, input_ids: Tensor, rows: Tensor, positions: Tensor, **arguments: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, rows: Tensor, positions: Tensor, *, lengths: list[int]) -> Tensor:
         return NEW_VALUES[MASK]
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
