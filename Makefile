@@ -81,10 +81,12 @@ bench-gpu:
 	TRITON_INTERPRET=0 $(PYTHON) -m pytest --benchmark-enable -s -m gpu --results bench/results/gpu \
 		bench/gpu/bench_machine.py bench/gpu/bench_ops.py bench/gpu/bench_decode.py
 
-# Against a CUDA build of torch, in an environment of its own (gigabytes): everything compiles and loads where no GPU is.
+# Against a CUDA build of torch, in an environment of its own (gigabytes): everything compiles, by nvcc and by NVRTC, and
+# loads where no GPU is.
 build-cuda-torch: .venv-cuda/.made
 	.venv-cuda/bin/python -m rlhf_fast.cli build --cuda-arch 80,90,100
 	.venv-cuda/bin/python tests/load_without_gpu.py
+	CUDACXX=nvrtc .venv-cuda/bin/python tests/load_without_gpu.py
 
 .venv-cuda/.made:
 	$(PYTHON) -m venv --clear .venv-cuda

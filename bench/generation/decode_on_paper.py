@@ -66,8 +66,11 @@ def kernels(model: Decoder, rows: int, position: int) -> Iterator[Kernel]:
     splits = -(-(position + 1) // ATTENTION_TILE)
     partials = 2 * FLOAT * model.query_heads * splits * (model.head_size + 2)
     cached = HALF * keys_values * (position + 1)
-    yield Kernel("embed", 1, 2 * HALF * rows * model.hidden)
-    yield Kernel("add_norm", 2 * layers + 1, (2 * layers + 1) * 4 * HALF * rows * model.hidden)
+    # Once for the tokens, once to take the rows that the head is to have.
+    yield Kernel("embed", 2, 2 * 2 * HALF * rows * model.hidden)
+    # Behind each half of a layer, with x, the residual read and written, and y; before the first, behind the last, and
+    # the last norm, which leave something out.
+    yield Kernel("add_norm", 2 * layers + 2, (4 * (2 * layers - 1) + 2 + 3 + 2) * HALF * rows * model.hidden)
     yield Kernel("linear_many: queries, keys, values", layers, layers * product(model.hidden, queries + keys_values))
     yield Kernel("rope_append", layers, layers * 2 * HALF * rows * (queries + keys_values))
     attended = rows * (cached + 2 * HALF * queries + partials)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench.generation.decode_on_paper import Decoder, kernels
 from rlhf_fast import build, build_cuda, nvrtc
 from rlhf_fast.generation import Generator, SamplingParams, cuda_backend
 from tests.cuda import decoder
@@ -49,8 +50,8 @@ def check(
     model: torch.nn.Module,
     prompts: list[list[int]] = PROMPTS,
     **params: Any,
-) -> None:
-    """A rollout has the emulated library's bits, and its kernels were launched by the driver."""
+) -> int:
+    """A rollout has the emulated library's bits. Returns how many kernels it launched through the driver."""
     monkeypatch.setattr(cuda_backend, "DEVICE", "cpu")
     library.rlhf_fast_cuda_problem.restype = ctypes.c_char_p
     assert library.rlhf_fast_cuda_problem() is None
@@ -64,6 +65,7 @@ def check(
     assert launches.value >= 12
     for name in ("tokens", "logprobs", "sampled_logprobs"):
         assert torch.equal(getattr(rollouts[0], name), getattr(rollouts[1], name))
+    return launches.value
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -77,6 +79,16 @@ def test_much_shared_memory_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> Non
     """For a norm's row of 50,176 bytes."""
     model = tiny_model("llama", hidden_size=12544, head_dim=8, num_hidden_layers=1, intermediate_size=16)
     check(without_device_code(), monkeypatch, model, [[9]], max_tokens=1, seed=1)
+
+
+def test_a_step_launches_what_the_model_on_paper_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/performance.md: one step more has as many launches. Behind position 128 attention has two passes."""
+    model = tiny_model("llama", num_hidden_layers=3, max_position_embeddings=256)
+    three, four = (
+        check(without_device_code(), monkeypatch, model, [[3] * 150], max_tokens=tokens, seed=1) for tokens in (3, 4)
+    )
+    paper = Decoder("tiny", 32, layers=3, query_heads=4, key_value_heads=2, head_size=8, inner=64, vocabulary=96)
+    assert four - three == sum(kernel.launches for kernel in kernels(paper, 1, 151))
 
 
 def test_it_shows_two_functions() -> None:
@@ -123,12 +135,12 @@ def by_nvrtc(source: str, architecture: str, folder: Path) -> dict[str, dict[str
     """The resources of all kernels that the file launches."""
     found = build_cuda.nvrtc()
     path, host_half = emulated.KERNELS / source, folder / "host.o"
-    command = [*build.compiler(), "-std=c++20", "-O2", "-w", "-DRLHF_FAST_NVRTC_HOST", "-x", "c++"]
-    subprocess.run([*command, "-c", str(path), "-o", str(host_half)], check=True)
-    kernels = list(nvrtc.kernels_of(host_half.read_bytes()).values())
+    options = ["-std=c++20", "-O2", "-w", "-DRLHF_FAST_NVRTC_HOST", f"-I{emulated.KERNELS}", "-x", "c++"]
+    subprocess.run([*build.compiler(), *options, "-c", path, "-o", host_half], check=True)
+    names = list(nvrtc.kernels_of(host_half.read_bytes()).values())
     compiler = nvrtc.Nvrtc(found.library)
     cubin, symbols, said = compiler.compile(
-        path, architecture, [emulated.KERNELS, found.headers], kernels, "--ptxas-options=-v"
+        path, architecture, [emulated.KERNELS, found.headers], names, "--ptxas-options=-v"
     )
     table = resources(said)
     assert set(symbols) == set(table)
@@ -143,6 +155,12 @@ def test_nvrtc_compiles(architecture: str, tmp_path: Path) -> None:
     types, flags = ("float", "__nv_bfloat16", "__half"), ("false", "true")
     assert sorted(readable(list(table))) == sorted(f"embed_kernel<{t}, {flag}>" for t in types for flag in flags)
     check_registers(table, f"embedding.cu {architecture}")
+
+
+def test_nvrtc_compiles_what_make_test_gpu_runs(tmp_path: Path) -> None:
+    table = by_nvrtc(str(HERE.parent / "gpu" / "matrix_layout.cu"), "sm_90", tmp_path)
+    names = [f"multiply_kernel<{t}>" for t in ("__half", "__nv_bfloat16")]
+    assert sorted(readable(list(table))) == ["load_kernel<false>", "load_kernel<true>", *names]
 
 
 @pytest.mark.slow

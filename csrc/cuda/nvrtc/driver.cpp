@@ -84,7 +84,8 @@ Driver& driver() {
 
 thread_local cudaError_t last = cudaSuccess;
 
-// Calls run(the driver's functions) unless there is no driver.
+// Calls run(the driver's functions) unless there is no driver. They work in the thread's current context, which is
+// PyTorch's: its own calls, which fill the decoder's memory, have made it so.
 template <typename Run>
 cudaError_t attempt(Run run) {
   const cudaError_t error = driver().problem ? driver().problem : cudaError_t(run(driver().call));
