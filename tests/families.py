@@ -58,7 +58,10 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
+    config = tiny_config(family, **changes)
+    # transformers before 5.21 chooses SDPA for Gemma 2 too, which leaves out the cap of the scores.
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:

@@ -240,7 +240,8 @@ def _llama(d: _Describer, out: Any, *, plus_one: bool = False, interleaved: bool
     out.embedding = d.embedding(trunk.embed_tokens, scale * getattr(config, "embedding_multiplier", 1.0))
     out.activation = d.activation(getattr(config, "hidden_activation", None) or config.hidden_act)
     out.residual_scale = getattr(config, "residual_multiplier", 1.0)
-    out.attention_cap = getattr(config, "attn_logit_softcapping", None) or 0.0
+    if not config._attn_implementation.endswith("sdpa"):  # which has no cap: transformers before 5.21 leaves it out
+        out.attention_cap = getattr(config, "attn_logit_softcapping", None) or 0.0
     out.final_norm = d.norm(trunk.norm, plus_one=plus_one)
     layer_types = getattr(config, "layer_types", None) or [None] * len(trunk.layers)
     by_type = set(config.rope_parameters) >= set(layer_types)  # Gemma 3: local and global layers turn differently

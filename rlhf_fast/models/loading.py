@@ -271,6 +271,8 @@ def _from_pretrained(
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
+                # transformers before 5.21 chooses SDPA for Gemma 2 too, which leaves out the cap of the scores.
+                attn_implementation="eager" if getattr(config, "attn_logit_softcapping", None) else None,
                 ignore_mismatched_sizes=True,  # reported by _check_keys, with all the others
                 output_loading_info=True,
             )

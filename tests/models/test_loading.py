@@ -88,6 +88,17 @@ def test_every_family_loads_without_dropout(family: str, tmp_path: Path) -> None
         torch.testing.assert_close(model.train()(ids).logits, wanted, rtol=0, atol=1e-6)
 
 
+def test_an_attention_with_a_cap_is_one_that_applies_it(tmp_path: Path) -> None:
+    model = tiny_model("gemma2", attn_logit_softcapping=0.5)
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(2, 12)[None]
+    without = tiny_model("gemma2", attn_logit_softcapping=None)(ids).logits
+    model.set_attn_implementation("eager")
+    loaded = load_causal_lm(tmp_path, dtype="float32")(ids).logits
+    assert torch.equal(loaded, model(ids).logits)
+    assert (loaded - without).abs().max() > 0.1
+
+
 def test_dropout_would_show_in_that_test() -> None:
     model = tiny_model("gpt2").train()
     ids = torch.arange(12)[None]
