@@ -37,8 +37,8 @@ static const rlhf_fast::cuda::Image image(cubin, {{{kernels}}});
 """
 
 
-class Nvrtc:
-    """The library. Raises OSError where it cannot be loaded."""
+class Compiler:
+    """NVRTC. Raises OSError where it cannot be loaded."""
 
     def __init__(self, path: Path) -> None:
         for builtins in path.parent.glob("libnvrtc-builtins.so*"):  # it asks for it by name alone
@@ -110,7 +110,7 @@ def kernels_of(host_half: bytes) -> dict[str, str]:
     return kernels
 
 
-def compile_cuda(nvrtc: Nvrtc, architecture: str, include: Path, command: list[str]) -> None:
+def compile_cuda(nvrtc: Compiler, architecture: str, include: Path, command: list[str]) -> None:
     """`command` ends with -c SOURCE -o OBJECT. Raises CompileError and CalledProcessError."""
     compiler, source, made = command[:-4], Path(command[-3]), Path(command[-1])
     subprocess.run([*compiler, "-x", "c++", *command[-4:]], check=True)
@@ -136,7 +136,7 @@ def main() -> int:
     parser.add_argument("--include", type=Path, required=True)
     parser.add_argument("--architecture")
     options, command = parser.parse_known_args()
-    nvrtc = Nvrtc(options.library)
+    nvrtc = Compiler(options.library)
     if "--version" in command:
         own = hashlib.sha256(b"".join(path.read_bytes() for path in (HERE, *sorted(RUNTIME.iterdir())))).hexdigest()
         print(f"NVRTC {nvrtc.version()}, {options.library.stat().st_size} bytes, {own}", flush=True)

@@ -138,7 +138,7 @@ def by_nvrtc(source: str, architecture: str, folder: Path) -> dict[str, dict[str
     options = ["-std=c++20", "-O2", "-w", "-DRLHF_FAST_NVRTC_HOST", f"-I{emulated.KERNELS}", "-x", "c++"]
     subprocess.run([*build.compiler(), *options, "-c", path, "-o", host_half], check=True)
     names = list(nvrtc.kernels_of(host_half.read_bytes()).values())
-    compiler = nvrtc.Nvrtc(found.library)
+    compiler = nvrtc.Compiler(found.library)
     cubin, symbols, said = compiler.compile(
         path, architecture, [emulated.KERNELS, found.headers], names, "--ptxas-options=-v"
     )
