@@ -96,9 +96,9 @@ def test_decode_step(benchmark: Any, name: str, shape: str, rows: int, dtype: to
     benchmark.param = name
     weights = model(shape, dtype)
     benchmark.extra_info["bytes"] = sum(weight.nbytes for weight in weights)
-    inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1]) for weight in weights}
-    if name != "rlhf_fast":
-        inputs = {size: x.to(dtype) for size, x in inputs.items()}
+    inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1]).to(dtype) for weight in weights}
+    if name == "rlhf_fast":
+        inputs = {size: x.float() for size, x in inputs.items()}
     product = PRODUCTS.get(name, lambda x, weight: weight.view(torch.int32).sum(dtype=torch.int32))
 
     def step() -> None:

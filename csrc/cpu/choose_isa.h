@@ -36,5 +36,15 @@ inline Isa isa() {
   return chosen;
 }
 
+// Whether kernels for AVX-512 may also use vdpbf16ps, products of pairs of bfloat16.
+inline bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  static const bool chosen = isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+  return chosen;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 }  // namespace rlhf_fast

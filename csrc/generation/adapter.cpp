@@ -14,7 +14,8 @@ constexpr int64_t kWorthThreads = 1 << 14;
 }  // namespace
 
 void add_adapters(WeightType type, const Linear* layers, int64_t count, const float* x, int64_t rows,
-                  int64_t x_stride, float* y, int64_t y_stride, std::vector<float>& scratch) {
+                  int64_t x_stride, float* y, int64_t y_stride, std::vector<float>& scratch,
+                  std::vector<uint32_t>& pairs) {
   std::vector<Linear> downs;
   int64_t ranks = 0, widest = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -27,7 +28,7 @@ void add_adapters(WeightType type, const Linear* layers, int64_t count, const fl
   if (int64_t(scratch.size()) < rows * (ranks + widest)) scratch.resize(rows * (ranks + widest));
   float* low = scratch.data();
   float* const added = low + rows * ranks;
-  linear(downs.data(), int64_t(downs.size()), x, rows, x_stride, low, ranks);
+  linear(downs.data(), int64_t(downs.size()), x, rows, x_stride, low, ranks, pairs);
 
   for (const Linear* layer = layers; layer < layers + count; y += layer->out, ++layer) {
     const Adapter* const adapter = layer->adapter.get();
@@ -36,7 +37,7 @@ void add_adapters(WeightType type, const Linear* layers, int64_t count, const fl
     for (int64_t row = 0; row < rows; ++row) {
       RLHF_FAST_KERNEL(isa(), round_to)(adapter->down.type, low + row * ranks, rank);
     }
-    linear(adapter->up, low, rows, ranks, added, out);
+    linear(adapter->up, low, rows, ranks, added, out, pairs);
 #pragma omp parallel for schedule(static) if (rows > 1 && rows * out > kWorthThreads)
     for (int64_t row = 0; row < rows; ++row) {
       RLHF_FAST_KERNEL(isa(), round_to)(type, y + row * y_stride, out);

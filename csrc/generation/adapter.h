@@ -18,6 +18,7 @@ struct Adapter {
 // of an adapter, the scaling and the sum are rounded to the adapter's type, and the layer's own output to `type`, the
 // model's, before the sum. The bits of a row depend on that row alone, as in linear(). `scratch` grows as needed.
 void add_adapters(WeightType type, const Linear* layers, int64_t count, const float* x, int64_t rows,
-                  int64_t x_stride, float* y, int64_t y_stride, std::vector<float>& scratch);
+                  int64_t x_stride, float* y, int64_t y_stride, std::vector<float>& scratch,
+                  std::vector<uint32_t>& pairs);
 
 }  // namespace rlhf_fast

@@ -21,7 +21,8 @@ std::string instruction_set() {
 void linear_at(uintptr_t weight, WeightType type, int64_t out, int64_t in, int64_t row_stride, bool transposed,
                uintptr_t bias, uintptr_t x, int64_t rows, int64_t x_stride, uintptr_t y, int64_t y_stride) {
   const Linear layer{pointer<const void>(weight), type, out, in, row_stride, transposed, pointer<const void>(bias)};
-  linear(layer, pointer<const float>(x), rows, x_stride, pointer<float>(y), y_stride);
+  std::vector<uint32_t> scratch;
+  linear(layer, pointer<const float>(x), rows, x_stride, pointer<float>(y), y_stride, scratch);
 }
 
 py::tuple sample_at(uintptr_t logits, int64_t vocabulary, double temperature, double top_p, double min_p,

@@ -252,7 +252,7 @@ void Forward::product(std::span<const Linear> layers, const float* x, int64_t ro
   const int64_t in = layers[0].in, y_stride = linear_row(layers);
   if (rows * in * y_stride <= kBetweenLooks) {
     look(rows * in * y_stride);
-    linear(layers.data(), int64_t(layers.size()), x, rows, in, y, y_stride);
+    linear(layers.data(), int64_t(layers.size()), x, rows, in, y, y_stride, pairs_);
     return;
   }
   const int64_t most = std::max<int64_t>(1, kBetweenLooks / (rows * in * kOutputsAtOnce)) * kOutputsAtOnce;
@@ -260,7 +260,7 @@ void Forward::product(std::span<const Linear> layers, const float* x, int64_t ro
     for (int64_t begin = 0; begin < layer.out; begin += most) {
       const Linear some = layer.outputs(begin, std::min(begin + most, layer.out));
       look(rows * in * some.out);
-      linear(some, x, rows, in, y + begin, y_stride);
+      linear(some, x, rows, in, y + begin, y_stride, pairs_);
     }
     y += layer.out;
   }
@@ -270,7 +270,7 @@ void Forward::product(std::span<const Linear> layers, const float* x, int64_t ro
 void Forward::project(std::span<const Linear> layers, const float* x, int64_t rows, float* y) {
   product(layers, x, rows, y);
   add_adapters(model_.type, layers.data(), int64_t(layers.size()), x, rows, layers[0].in, y, linear_row(layers),
-               scratch_);
+               scratch_, pairs_);
 }
 
 void Forward::norm(const Norm& norm, std::vector<float>& x, std::vector<float>& y) {

@@ -41,6 +41,7 @@ class Forward {
   int64_t work_ = 0;  // multiply-adds since the last look
   int64_t tokens_ = 0, positions_ = 0;
   std::vector<float> hidden_, normed_, projected_, attended_, inner_, out_, attention_out_, logits_, scratch_;
+  std::vector<uint32_t> pairs_;  // linear()'s scratch
 };
 
 }  // namespace rlhf_fast

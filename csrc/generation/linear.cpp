@@ -3,6 +3,8 @@
 // each adds its products in the order of k. No block, no shape of a micro-kernel and no thread changes that order: sums
 // that go on later are kept as they are, one for each accumulator.
 //
+// bfloat16 weights come here where the CPU cannot multiply pairs of bfloat16; else see linear_bfloat16.h.
+//
 // What makes it fast: a micro-kernel computes kPanel x kMostRows vectors of sums, all in registers; the weights come
 // from memory once, asked for while the block before is computed; 16-bit weights are made floats once for many rows.
 #include "linear.h"
@@ -10,6 +12,7 @@
 #include <omp.h>
 
 #include "../cpu/simd.h"
+#include "linear_bfloat16.h"
 
 // The loops over registers: arrays whose index is not known when compiling lie in memory.
 #define UNROLLED _Pragma("GCC unroll 8")
@@ -330,7 +333,7 @@ void some_outputs(const Linear& layer, const Rows& rows, int64_t begin, int64_t 
 }
 
 // One thread's part of the outputs of each layer.
-void share(const Linear* layers, int64_t count, Rows rows, int64_t thread, int64_t threads) {
+void share(const Linear* layers, int64_t count, Rows rows, const uint32_t* pairs, int64_t thread, int64_t threads) {
   for (int64_t i = 0; i < count; ++i) {
     const Linear& layer = layers[i];
     const int64_t vectors = quotient_up(layer.out, kWidth);
@@ -338,7 +341,15 @@ void share(const Linear* layers, int64_t count, Rows rows, int64_t thread, int64
     const int64_t end = least(layer.out, vectors * (thread + 1) / threads * kWidth);
     switch (layer.type) {
       case WeightType::float32: some_outputs<float>(layer, rows, begin, end); break;
-      case WeightType::bfloat16: some_outputs<bfloat16>(layer, rows, begin, end); break;
+      case WeightType::bfloat16:
+#if defined(RLHF_FAST_AVX512)
+        if (pairs) {
+          paired_outputs(layer, pairs, rows.count, rows.y, rows.y_stride, begin, end);
+          break;
+        }
+#endif
+        some_outputs<bfloat16>(layer, rows, begin, end);
+        break;
       case WeightType::float16: some_outputs<float16>(layer, rows, begin, end); break;
     }
     rows = rows.from(0, layer.out);
@@ -348,13 +359,26 @@ void share(const Linear* layers, int64_t count, Rows rows, int64_t thread, int64
 }  // namespace
 
 void linear(const Linear* layers, int64_t count, const float* x, int64_t rows, int64_t x_stride, float* y,
-            int64_t y_stride) {
+            int64_t y_stride, uint32_t* pairs) {
   const Rows all{x, x_stride, y, y_stride, rows};
   int64_t products = 0;
   for (int64_t i = 0; i < count; ++i) products += layers[i].out * layers[i].in * rows;
-  if (products < kWorthThreads) return share(layers, count, all, 0, 1);
+  const auto part = [&] {
+#if defined(RLHF_FAST_AVX512)
+    if (pairs) {
+      const Groups groups(rows);
+#pragma omp for schedule(static)
+      for (int64_t g = 0; g < groups.count; ++g) {
+        const int64_t first = groups.first(g), number = groups.first(g + 1) - first;
+        to_pairs(x + first * x_stride, number, x_stride, layers[0].in, pairs + first * paired_row(layers[0].in));
+      }
+    }
+#endif
+    share(layers, count, all, pairs, omp_get_thread_num(), omp_get_num_threads());
+  };
+  if (products < kWorthThreads) return part();
 #pragma omp parallel
-  share(layers, count, all, omp_get_thread_num(), omp_get_num_threads());
+  part();
 }
 
 }  // namespace rlhf_fast::RLHF_FAST_ISA

@@ -2,11 +2,12 @@
 //
 // The bits of a row of y depend on that row of x, the weights and the instruction set alone: not on how many rows come
 // with it, nor on its place among them, nor on the number of threads. Sums are taken in float, in the same order
-// whatever the number of rows (linear.cpp says which).
+// whatever the number of rows (linear.cpp and linear_bfloat16.cpp say which).
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "../cpu/choose_isa.h"
 
@@ -40,24 +41,34 @@ struct Linear {
 #define RLHF_FAST_DECLARE(isa)                                                                                   \
   namespace isa {                                                                                                \
   void linear(const Linear* layers, int64_t count, const float* x, int64_t rows, int64_t x_stride, float* y,     \
-              int64_t y_stride);                                                                                 \
+              int64_t y_stride, uint32_t* pairs);                                                                \
   }
 RLHF_FAST_FOR_EACH_ISA(RLHF_FAST_DECLARE)
 #undef RLHF_FAST_DECLARE
 
+// Pairs of bfloat16 in a row of x, with zeros up to a multiple of 16.
+constexpr int64_t paired_row(int64_t in) { return (in + 31) / 32 * 16; }
+
 namespace {
 
-// y[i * y_stride + n], i < rows and n < out, from x[i * x_stride + k], k < in. y must not overlap x. OpenMP's threads
-// share the work: call it outside of a parallel region.
-inline void linear(const Linear& layer, const float* x, int64_t rows, int64_t x_stride, float* y, int64_t y_stride) {
-  RLHF_FAST_KERNEL(isa(), linear)(&layer, 1, x, rows, x_stride, y, y_stride);
+// y[i * y_stride + n], i < rows and n < out, from x[i * x_stride + k], k < in, for layers of the same x, such as queries,
+// keys and values: their outputs lie side by side in a row of y. y must not overlap x. Where weights are bfloat16, x must
+// be numbers that a bfloat16 can be. `scratch` grows as needed. OpenMP's threads share the work, and start once for all
+// layers: call it outside of a parallel region.
+inline void linear(const Linear* layers, int64_t count, const float* x, int64_t rows, int64_t x_stride, float* y,
+                   int64_t y_stride, std::vector<uint32_t>& scratch) {
+  uint32_t* pairs = nullptr;
+  if (layers[0].type == WeightType::bfloat16 && multiplies_bfloat16()) {
+    const size_t size = rows * paired_row(layers[0].in);
+    if (scratch.size() < size) scratch.resize(size);
+    pairs = scratch.data();
+  }
+  RLHF_FAST_KERNEL(isa(), linear)(layers, count, x, rows, x_stride, y, y_stride, pairs);
 }
 
-// Layers of the same x, such as queries, keys and values, with their outputs side by side in a row of y. The threads
-// start once for all.
-inline void linear(const Linear* layers, int64_t count, const float* x, int64_t rows, int64_t x_stride, float* y,
-                   int64_t y_stride) {
-  RLHF_FAST_KERNEL(isa(), linear)(layers, count, x, rows, x_stride, y, y_stride);
+inline void linear(const Linear& layer, const float* x, int64_t rows, int64_t x_stride, float* y, int64_t y_stride,
+                   std::vector<uint32_t>& scratch) {
+  linear(&layer, 1, x, rows, x_stride, y, y_stride, scratch);
 }
 
 }  // namespace

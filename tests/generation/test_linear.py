@@ -12,7 +12,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
-    """x [M, in] float32, weight [out, in] ([in, out] when transposed); rows may be strided. NaN is where none wrote."""
+    """x [M, in] float32, numbers that a bfloat16 can be where the weight is one; weight [out, in] ([in, out] when
+    transposed); rows may be strided. NaN is where none wrote."""
     module = load_generation()
     size_in, size_out = weight.shape if transposed else weight.shape[::-1]
     y = torch.full((x.shape[0], size_out + 3), float("nan"))  # strided too
@@ -46,8 +47,9 @@ def case(
         return whole
 
     weight = matrix(size_in, size_out) if transposed else matrix(size_out, size_in)
+    x = matrix(rows, size_in)
     return (
-        matrix(rows, size_in)[:, :size_in],
+        (x.bfloat16().float() if dtype == torch.bfloat16 else x)[:, :size_in],
         weight.to(dtype)[:, : size_out if transposed else size_in],
         torch.randn(size_out, generator=generator).to(dtype),
     )
@@ -69,6 +71,8 @@ SHAPES = [
     (4, 100, 67),
     (5, 288, 131),
     (7, 4100, 9),
+    (8, 70, 20),
+    (9, 1040, 40),
     (13, 577, 66),
     (64, 96, 50),
     (70, 31, 7),
@@ -119,6 +123,20 @@ def test_nan_and_infinity_go_through(dtype: torch.dtype, transposed: bool) -> No
     assert found[found.isinf()].double().equal(plain[plain.isinf()])
     assert found[0].isnan().nonzero().tolist() == [[20]]
     assert found[1].isnan().all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("size_in", [33, 288, 1024, 2050])
+def test_bfloat16_sums_are_those_of_training(size_in: int, transposed: bool) -> None:
+    """After rounding PyTorch's own product has the same bits where both multiply pairs of bfloat16 and no tiles, and
+    elsewhere nearly always."""
+    chosen = load_generation().instruction_set() == "avx512"
+    pairs = chosen and torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    for rows in (2, 8, 9, 64, 130):
+        x, weight, bias = case(rows, size_in, 50, torch.bfloat16, transposed=transposed)
+        theirs = torch.nn.functional.linear(x.bfloat16(), weight.T if transposed else weight, bias)
+        differing = linear(x, weight, bias, transposed=transposed).bfloat16() != theirs
+        assert differing.float().mean() <= (0 if pairs else 0.002)
 
 
 def rows_depend_on_their_number(product: object, x: Tensor) -> bool:
