@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from rlhf_fast.cli import main
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.config_loading import check_config, load_config
 from rlhf_fast.errors import ConfigError
+from rlhf_fast.plan import Shape
 from rlhf_fast.scaling import MACHINES, SIZES, memory, plan_report, step_cost
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "scale"
@@ -45,10 +47,18 @@ def test_parameters_are_transformers_own() -> None:
 # What each recipe's comment promises: the model's size and the number of GPUs of 80 GB.
 PROMISED = {
     "one_gpu": ("1b", 1),
+    "one_gpu_lora": ("8b", 1),
     "one_node_zero2": ("3b", 8),
     "one_node_zero3_offload": ("14b", 8),
     "two_nodes": ("8b", 16),
 }
+
+
+def with_adapters(shape: Shape, rank: int) -> Shape:
+    """A Llama of that shape, adapters on all its linear layers."""
+    attention = 2 * (shape.hidden + shape.hidden) + 2 * (shape.hidden + shape.kv_width)
+    adapters = shape.layers * rank * (attention + 3 * (shape.hidden + shape.intermediate))
+    return replace(shape, parameters=shape.parameters + adapters, trained=adapters)
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
@@ -56,7 +66,8 @@ def test_recipes_hold_what_they_promise(recipe: str) -> None:
     config = load_config(PPOConfig, RECIPES / f"{recipe}.yaml")
     check_config(config)
     size, gpus = PROMISED[recipe]
-    assert memory(SIZES[size], config, MACHINES["h100"], gpus).total < 0.9 * MACHINES["h100"].memory
+    shape = with_adapters(SIZES[size], config.lora_r) if config.use_peft else SIZES[size]
+    assert memory(shape, config, MACHINES["h100"], gpus).total < 0.9 * MACHINES["h100"].memory
     assert (config.batch_size // config.num_generations) % gpus == 0
 
 

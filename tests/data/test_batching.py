@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_fast.data import pad_right, token_budget_batches
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 60), max_size=40), st.integers(1, 200))
 def test_batches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
     batches = token_budget_batches(lengths, budget)
@@ -21,6 +22,7 @@ def test_batches_hold_every_row_once_within_the_budget(lengths: list[int], budge
     assert flat == sorted(lengths, reverse=True)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=9), st.integers(1, 40))
 def test_no_grouping_of_the_sorted_rows_has_fewer_batches(lengths: list[int], budget: int) -> None:
     ordered = sorted(lengths, reverse=True)
@@ -45,6 +47,7 @@ def test_no_rows_and_no_budget() -> None:
         token_budget_batches([1], 0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 2**40), max_size=8), max_size=8), st.integers(-1, 5))
 def test_padding_is_on_the_right(rows: list[list[int]], pad_id: int) -> None:
     padded = pad_right(rows, pad_id)

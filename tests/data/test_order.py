@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_fast.data import EpochOrder
@@ -21,6 +21,7 @@ batch_sizes = st.integers(1, 50)
 seeds = st.integers(-(2**31), 2**63)
 
 
+@settings(deadline=None)
 @given(sizes, batch_sizes, seeds)
 def test_three_epochs_hold_every_row_three_times(size: int, batch_size: int, seed: int) -> None:
     order = EpochOrder(size, batch_size, seed=seed)
@@ -30,6 +31,7 @@ def test_three_epochs_hold_every_row_three_times(size: int, batch_size: int, see
     assert order.epoch == len(rows) / size
 
 
+@settings(deadline=None)
 @given(sizes, batch_sizes, seeds, st.integers(0, 12), st.integers(1, 8))
 def test_resumed_anywhere_it_goes_on_the_same(size: int, batch_size: int, seed: int, at: int, more: int) -> None:
     order = EpochOrder(size, batch_size, seed=seed)
@@ -43,6 +45,7 @@ def test_resumed_anywhere_it_goes_on_the_same(size: int, batch_size: int, seed: 
     assert resumed.state_dict() == order.state_dict()
 
 
+@settings(deadline=None)
 @given(sizes, st.integers(1, 6), st.integers(1, 6), seeds)
 def test_ranks_share_a_batch_without_overlap(size: int, share: int, world_size: int, seed: int) -> None:
     whole = EpochOrder(size, share * world_size, seed=seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_fast.data import SFTExample, first_fit_decreasing, pack
@@ -28,6 +28,7 @@ def counted(group: list[SFTExample]) -> Counter[tuple[tuple[int, ...], tuple[boo
     return Counter((tuple(e.input_ids), tuple(e.loss_mask)) for e in group)
 
 
+@settings(deadline=None)
 @given(examples)
 def test_no_token_is_lost_or_used_twice(group: list[SFTExample]) -> None:
     packed = pack(group, MAX_LENGTH)
@@ -36,6 +37,7 @@ def test_no_token_is_lost_or_used_twice(group: list[SFTExample]) -> None:
     assert pack(group, MAX_LENGTH) == packed
 
 
+@settings(deadline=None)
 @given(examples)
 def test_it_is_first_fit_decreasing(group: list[SFTExample]) -> None:
     bins: list[int] = []
