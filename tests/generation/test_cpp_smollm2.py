@@ -83,18 +83,22 @@ def test_float32(folder: Path, prompts: list[list[int]]) -> None:
     assert drift.mean() <= 1e-5
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision(folder: Path, prompts: list[list[int]], dtype: Any) -> None:
-    """At most 1.25 times as far from the training forward as transformers' own decoding with a cache, each on what it
-    drew itself, with this seed.
+@pytest.mark.parametrize(("dtype", "factor"), [("bfloat16", 1.05), ("float16", 1.25)])
+def test_half_precision(folder: Path, prompts: list[list[int]], dtype: Any, factor: float) -> None:
+    """No farther from the training forward than transformers' own decoding with a cache, each on what it drew itself.
 
-    Sums in another order that round to the other side are all that is left; how often is chance, hence the factor. The
-    largest difference is one token's: with another seed it was 1.57 times theirs in bfloat16.
+    Sums in another order that round to the other side are all that is left; with 30 layers each token meets some, and
+    then the rest of its numbers differ as if by chance. So many seeds are taken together: 4,096 tokens, whose mean has
+    an error of about 3%. float16's products are summed in an order of our own, bfloat16's in PyTorch's: so float16 may
+    be farther. The largest difference is one token's, hence its factor.
     """
     model = load_causal_lm(folder, dtype=dtype)
-    ours, theirs = (
-        (rollout.logprobs - recomputed(model, rollout))[rollout.mask].abs()
-        for rollout in both(model, prompts, SamplingParams(n=2, max_tokens=64, seed=1, ignore_eos=True))
-    )
-    assert ours.mean() <= 1.25 * theirs.mean()
-    assert ours.max() <= 1.25 * theirs.max()
+    ours: list[Tensor] = []
+    theirs: list[Tensor] = []
+    for seed in (1, 2, 3, 4):
+        params = SamplingParams(n=2, max_tokens=64, seed=seed, ignore_eos=True)
+        for drifts, rollout in zip((ours, theirs), both(model, prompts, params), strict=True):
+            drifts.append((rollout.logprobs - recomputed(model, rollout))[rollout.mask].abs())
+    drift, allowed = torch.cat(ours), torch.cat(theirs)
+    assert drift.mean() <= factor * allowed.mean()
+    assert drift.max() <= 1.25 * allowed.max()

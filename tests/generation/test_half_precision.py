@@ -35,9 +35,11 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
 def test_logprobs_are_those_of_training(family: str, changes: dict[str, Any], dtype: torch.dtype) -> None:
     """Both decode with the same seeds; what they drew alike, up to a row's first difference, is compared.
 
-    A sum in another order that rounds to the other side is all that may be left. How often that happens is chance:
-    hence the factor of 1.25, and the part of a unit where transformers' sums are the same in both (eager attention).
-    Activations in float32 throughout differ by up to ten times as much as transformers' decoding, and by over a unit.
+    A sum in another order that rounds to the other side is all that may be left: less of it than transformers' decoding
+    has against its own forward, or the part of a unit where that has the same sums in both (eager attention). The
+    largest difference is one token's, hence its factor. Measured means: up to 0.09 of theirs in bfloat16 with products
+    of pairs, up to 0.52 in float16. Activations in float32 throughout differ by up to ten times as much as
+    transformers' decoding, and by over a unit.
     """
     model = tiny_model(family, dtype, **changes)
     params = SamplingParams(n=4, max_tokens=16, seed=3, ignore_eos=True)
@@ -48,5 +50,5 @@ def test_logprobs_are_those_of_training(family: str, changes: dict[str, Any], dt
     training = recomputed(model, ours)[alike]
     drift, allowed = ((rollout.logprobs[alike] - training).abs() for rollout in (ours, theirs))
     unit = torch.finfo(dtype).eps / 2
-    assert drift.mean() <= max(1.25 * allowed.mean(), unit / 2)
+    assert drift.mean() <= max(1.05 * allowed.mean(), unit / 2)
     assert drift.max() <= max(1.25 * allowed.max(), 5 * unit)
