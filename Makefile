@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 
-.PHONY: install demo demo-smollm2 test test-slow test-sanitizers test-gpu bench bench-gpu bench-peers build-cuda-torch soak lint clean
+.PHONY: install demo demo-smollm2 test test-slow test-sanitizers test-gpu bench bench-gpu bench-peers bench-trl build-cuda-torch soak lint clean
 
 install: .venv/.demo
 
@@ -70,6 +70,16 @@ bench-peers: .venv-peers/.made
 	$(PYTHON) -m venv --clear .venv-peers
 	CMAKE_BUILD_PARALLEL_LEVEL=2 .venv-peers/bin/python -m pip install --quiet --no-compile \
 		--no-binary llama-cpp-python llama-cpp-python==0.3.36 ctranslate2==4.8.5
+	touch $@
+
+# Peak memory of a PPO step beside TRL's, the last one with PPO, in an environment of its own.
+bench-trl: .venv/.test .venv-trl/.made
+	$(BIN)/python -m bench.trainers.memory_trl
+
+.venv-trl/.made:
+	$(PYTHON) -m venv --clear .venv-trl
+	grep -v rlhf_fast constraints.txt > .venv-trl/constraints.txt
+	.venv-trl/bin/python -m pip install --quiet --no-compile -c .venv-trl/constraints.txt trl==1.12.0
 	touch $@
 
 # On a machine with a CUDA GPU, with the packages of $(PYTHON). No .venv, no DeepSpeed. Neither has run on a GPU

@@ -59,7 +59,7 @@ __all__ = [
 TAG = "state"  # DeepSpeed's folder inside the one that save() is given
 LAYOUT = "engine.json"  # what the files in it belong to
 OLDEST = "0.19.8"  # those before let NaN through, or sum half-precision gradients in half precision: our tests fail
-MAX_BUCKET = 200_000_000  # elements reduced or gathered at once
+MAX_BUCKET = 50_000_000  # elements reduced or gathered at once; twice as many bytes as these take are buffers
 PERSISTENT = 100_000  # elements up to which a weight stays whole on every rank under ZeRO-3: fetching it costs more
 
 
@@ -135,7 +135,8 @@ class Engine:
         if config.dtype == "float16":  # skipped steps are counted by who calls step()
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         self._norm: torch.Tensor | None = None  # of the gradient gathered so far, once somebody asked
-        if self._stage == 0 and world.world_size == 1:
+        unsplit = self._stage == 0 or hasattr(self._engine.optimizer, "fp32_groups_gradients_flat")  # BF16_Optimizer
+        if unsplit and world.world_size == 1:
             self._engine.enable_backward_allreduce = False  # it would only copy every gradient twice
         self._average = None if ema_decay is None else WeightAverage(self._master_weights(), ema_decay)
 

@@ -1,7 +1,7 @@
 """What a run needs before it starts: memory for each model and the tokens of a step (`--dry_run`).
 
-An estimate from shapes alone; no weights are loaded. It counts what grows with the model and the batch: weights,
-gradients, optimiser state, KV cache, activations and logits of one micro-batch.
+An estimate from shapes alone; no weights are loaded. training_memory.py has its parts, docs/scaling.md what is counted
+and how it compares with measured runs.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ import torch
 from rlhf_fast.config import PPOConfig, RewardConfig, TrainerConfig
 from rlhf_fast.errors import ConfigError, ModelError
 from rlhf_fast.models import add_adapters, load_model_config
+from rlhf_fast.training_memory import (
+    BYTES,
+    EngineMemory,
+    MicroBatch,
+    Shape,
+    cache,
+    engine_memory,
+    frozen_forward,
+    kept_by_layer,
+    micro_batch,
+    model_pass,
+    slack,
+    training_peak,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-OVERHEAD = 0.6e9  # Python, torch, transformers and DeepSpeed with nothing loaded (measured)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What memory depends on in a causal LM."""
-
-    parameters: int
-    trained: int  # of them: all, or the adapters
-    layers: int
-    hidden: int
-    intermediate: int
-    kv_width: int  # key-value heads times head size
-    vocabulary: int
+IMPORTS = 0.48e9  # Python, torch, transformers and DeepSpeed once they are imported (measured)
+RUNTIME = 0.08e9  # what they take besides while they run: pages of libraries, tokenizer, metrics (measured)
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ def memory_plan(config: TrainerConfig, *, world_size: int | None = None) -> Plan
     ranks = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     code = config.trust_remote_code
     shape = _shape(config.model_name_or_path, config)
-    lines = [Line("program", other=OVERHEAD)]
-    micro = config.micro_batch_tokens
+    on_gpu = torch.cuda.is_available()
+    lines = [Line("program", other=IMPORTS + RUNTIME)]
     if isinstance(config, PPOConfig):
         reference = _shape(config.ref_model_path or config.model_name_or_path, replace(config, use_peft=False))
         critic = _shape(config.value_model_path or config.model_name_or_path, config)
@@ -114,12 +115,18 @@ def memory_plan(config: TrainerConfig, *, world_size: int | None = None) -> Plan
             "optimiser steps": config.num_ppo_epochs * config.num_mini_batches,
         }
     else:
-        lines.append(_trained("model", shape, config, ranks, torch.cuda.is_available()))
-        head_tokens = 0 if isinstance(config, RewardConfig) else micro
-        lines.append(Line("activations", other=_activations(shape, config, micro, head_tokens=head_tokens)))
         sequences = 2 if isinstance(config, RewardConfig) else 1
+        wanted = 0 if isinstance(config, RewardConfig) else config.max_length
+        rows = config.batch_size // ranks
+        batch = micro_batch(rows, sequences * config.max_length, config.micro_batch_tokens, wanted_in_row=wanted)
+        engine = engine_memory(shape, config, ranks)
+        one = model_pass(shape, config, engine, batch, on_gpu=on_gpu)
+        peak = training_peak([one], several=batch.several)
+        lines.append(_line("model", engine, config, on_gpu))
+        lines.append(Line("activations", other=max(0.0, peak - engine.gradients)))
+        lines.append(Line("allocator", other=slack([one])))
         tokens = {"trained": config.batch_size * sequences * config.max_length, "optimiser steps": 1}
-    tokens["one micro-batch"] = micro
+    tokens["one micro-batch"] = config.micro_batch_tokens
     return Plan(lines, tokens, _available())
 
 
@@ -138,61 +145,60 @@ def ppo_lines(
     there is a GPU."""
     critic, reference = critic or policy, reference or policy
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
-    width, micro = BYTES[config.dtype], config.micro_batch_tokens
-    lines = [_trained("policy", policy, config, ranks, on_gpu)]
-    if config.enable_ema:  # one more of the optimiser's tensors: two moments and, in half precision, master weights
-        lines.append(Line("policy's average", other=lines[0].optimizer / (3 if width < 4 else 2)))
+    width = BYTES[config.dtype]
+    rows, new = max(1, config.batch_size // ranks), config.max_new_tokens
+    length = config.max_prompt_length + new
+    mini = -(-rows // config.num_mini_batches)
+    batch = micro_batch(mini, length, config.micro_batch_tokens, wanted_in_row=new)
+
+    engine = engine_memory(policy, config, ranks)
+    policy_batch = batch
+    if config.unsup_data:  # every token of a row may be learnt
+        mixed = micro_batch(rows, config.max_length, config.micro_batch_tokens, wanted_in_row=config.max_length)
+        policy_batch = MicroBatch(max(batch.tokens, mixed.tokens), max(batch.wanted, mixed.wanted), several=True)
+    passes = [model_pass(policy, config, engine, policy_batch, on_gpu=on_gpu)]
+    lines = [_line("policy", engine, config, on_gpu)]
+    if config.enable_ema:  # fp32, split as the optimiser is
+        lines.append(Line("policy's average", other=4 * policy.trained * engine.optimizer / (12 * policy.trained)))
     if config.value_model == "separate":
-        stage = config.value_zero_stage
-        of_critic = config if stage is None else replace(config, zero_stage=stage)
-        lines.append(_trained("value model", critic, of_critic, ranks, on_gpu))
+        stage = config.zero_stage if config.value_zero_stage is None else config.value_zero_stage
+        of_critic = replace(config, zero_stage=stage)
+        engine = engine_memory(critic, of_critic, ranks)
+        passes.append(model_pass(critic, of_critic, engine, replace(batch, wanted=0), on_gpu=on_gpu))
+        lines.append(_line("value model", engine, of_critic, on_gpu))
     if config.kl_coef and not (config.use_peft and config.ref_model_path is None):
         in_parts = (config.zero_stage if config.ref_zero_stage is None else config.ref_zero_stage) == 3
         offloaded = on_gpu and (config.offload_ref or (in_parts and config.offload_param))
         weights = reference.parameters * width / (ranks if in_parts else 1)
         lines.append(Line("reference", weights=0 if offloaded else weights))
         if offloaded and not in_parts:
-            fetched = max(fetched, weights + 4.0 * micro * reference.vocabulary)  # with its logits
-    rows = max(1, config.batch_size // ranks)
-    length = config.max_prompt_length + config.max_new_tokens
-    cache = 2 * policy.layers * policy.kv_width * min(rows, config.rollout_batch_size) * length * width
+            fetched = max(fetched, weights)
+
+    # Phases follow one another: what the decoder holds, and what is fetched to score, is gone before
+    # training, and the gradients before the rollout.
     gathered = policy.parameters * width * (1 - 1 / ranks) if config.zero_stage == 3 else 0
-    most, head_tokens = micro, min(micro, rows * config.max_new_tokens)
-    if config.unsup_data:  # a row may be longer than a micro-batch, and every token of it be learnt
-        most = head_tokens = max(micro, config.max_length)
-    trained = _activations(policy, config, most, head_tokens=head_tokens)
-    if config.value_model == "separate":  # its forward comes after the policy's backward
-        trained = max(trained, _activations(critic, config, micro, head_tokens=0))
-    # The decoder's cache, and the weights gathered for it, are freed before training, and so is what was fetched to
-    # score: the largest of them counts.
-    return [*lines, Line("rollout or activations", other=max(cache + gathered, fetched, trained))]
+    standing = sum(p.engine.standing for p in passes)
+    asked = micro_batch(rows, length, config.micro_batch_tokens, wanted_in_row=new)
+    peak = max(
+        standing + cache(policy, config, min(rows, config.rollout_batch_size), length) + gathered,
+        standing + frozen_forward(policy, config, asked, on_gpu=on_gpu) + fetched,
+        training_peak(passes, several=policy_batch.several),
+    )
+    gradients = sum(p.engine.gradients for p in passes)
+    return [
+        *lines,
+        Line("rollout or activations", other=max(0.0, peak - gradients)),
+        Line("allocator", other=slack(passes)),
+    ]
 
 
-def _trained(name: str, shape: Shape, config: TrainerConfig, ranks: int, on_gpu: bool) -> Line:
-    """Weights, gradients and AdamW's two moments; half precision adds fp32 master weights and gradients. ZeRO
-    (Rajbhandari et al. 2020) splits the optimiser from stage 1, gradients from 2, weights from 3."""
-    half = config.dtype in ("bfloat16", "float16")
-    width, n = BYTES[config.dtype], shape.trained
-    stage = max(config.zero_stage, 1 if half else 0)  # the engine's own rule
-    split = [ranks if stage >= at else 1 for at in (1, 2, 3)]
+def _line(name: str, engine: EngineMemory, config: TrainerConfig, on_gpu: bool) -> Line:
     return Line(
         name,
-        weights=0 if config.offload_param and on_gpu else shape.parameters * width / split[2],
-        gradients=n * (width + 4 if half else width) / split[1],
-        optimizer=0 if config.offload_optimizer and on_gpu else n * (12 if half else 2 * width) / split[0],
+        weights=0 if config.offload_param and on_gpu else engine.weights,
+        gradients=engine.gradients,
+        optimizer=0 if config.offload_optimizer and on_gpu else engine.optimizer,
     )
-
-
-def _activations(shape: Shape, config: TrainerConfig, tokens: int, *, head_tokens: int) -> float:
-    """Saved for the backward pass of one micro-batch: per layer two norms, query, key, value, attention, two residuals
-    and three MLP tensors (with checkpointing one a layer, and one layer's whole); logits and their gradient in fp32."""
-    width = BYTES[config.dtype]
-    layer = tokens * width * (8 * shape.hidden + 2 * shape.kv_width + 4 * shape.intermediate)
-    if config.gradient_checkpointing:
-        body = layer + shape.layers * tokens * width * shape.hidden
-    else:
-        body = layer * shape.layers
-    return body + 2 * 4.0 * head_tokens * shape.vocabulary
 
 
 def _without_weights(path: str, kind: str, trust_remote_code: bool) -> PreTrainedModel:
@@ -216,17 +222,28 @@ def _shape(path: str, config: TrainerConfig) -> Shape:
     model = _without_weights(path, "CausalLM", config.trust_remote_code)
     if config.use_peft:
         add_adapters(model, config)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
     text: Any = model.config.get_text_config()
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    kv_width = (getattr(text, "num_key_value_heads", None) or heads) * head_dim
     return Shape(
         parameters=_parameters(model),
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trained=sum(model.get_parameter(name).numel() for name in trained),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        kv_width=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
+        intermediate=intermediate,
+        kv_width=kv_width,
         vocabulary=text.vocab_size,
+        tied=bool(text.tie_word_embeddings),
+        kept=kept_by_layer(
+            text.hidden_size,
+            intermediate,
+            kv_width,
+            norms_trained=not config.use_peft,
+            mlp_trained=any("mlp" in name for name in trained),
+        ),
     )
 
 

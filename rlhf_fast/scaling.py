@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeVar
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.config_loading import check_config, parse_overrides
 from rlhf_fast.errors import ConfigError
-from rlhf_fast.plan import BYTES, OVERHEAD, Line, Plan, Shape, ppo_lines
+from rlhf_fast.plan import IMPORTS, RUNTIME, Line, Plan, ppo_lines
+from rlhf_fast.training_memory import BYTES, Shape, kept_by_layer
 
 
 @dataclass(frozen=True)
@@ -38,26 +39,36 @@ MACHINES = {
 }
 
 
-def _shape(
+def llama(
     layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocabulary: int, *, tied: bool = False
 ) -> Shape:
     """A Llama: attention, gated MLP, two norms a layer, a norm at the end, embedding and head."""
     kv_width = kv_heads * (hidden // heads)
     layer = 2 * hidden * hidden + 2 * hidden * kv_width + 3 * hidden * intermediate + 2 * hidden
     parameters = layers * layer + hidden + (1 if tied else 2) * vocabulary * hidden
-    return Shape(parameters, parameters, layers, hidden, intermediate, kv_width, vocabulary)
+    return Shape(
+        parameters=parameters,
+        trained=parameters,
+        layers=layers,
+        hidden=hidden,
+        intermediate=intermediate,
+        kv_width=kv_width,
+        vocabulary=vocabulary,
+        tied=tied,
+        kept=kept_by_layer(hidden, intermediate, kv_width),
+    )
 
 
 # Shapes of well-known models of about that size.
 SIZES = {
-    "135m": _shape(30, 576, 1536, 9, 3, 49_152, tied=True),  # SmolLM2
-    "1b": _shape(16, 2048, 8192, 32, 8, 128_256, tied=True),  # Llama 3.2
-    "3b": _shape(28, 3072, 8192, 24, 8, 128_256, tied=True),
-    "8b": _shape(32, 4096, 14_336, 32, 8, 128_256),  # Llama 3.1
-    "14b": _shape(48, 5120, 13_824, 40, 8, 152_064),  # Qwen2.5
-    "32b": _shape(64, 5120, 27_648, 40, 8, 152_064),
-    "70b": _shape(80, 8192, 28_672, 64, 8, 128_256),  # Llama 3.1
-    "405b": _shape(126, 16_384, 53_248, 128, 8, 128_256),
+    "135m": llama(30, 576, 1536, 9, 3, 49_152, tied=True),  # SmolLM2
+    "1b": llama(16, 2048, 8192, 32, 8, 128_256, tied=True),  # Llama 3.2
+    "3b": llama(28, 3072, 8192, 24, 8, 128_256, tied=True),
+    "8b": llama(32, 4096, 14_336, 32, 8, 128_256),  # Llama 3.1
+    "14b": llama(48, 5120, 13_824, 40, 8, 152_064),  # Qwen2.5
+    "32b": llama(64, 5120, 27_648, 40, 8, 152_064),
+    "70b": llama(80, 8192, 28_672, 64, 8, 128_256),  # Llama 3.1
+    "405b": llama(126, 16_384, 53_248, 128, 8, 128_256),
 }
 
 
@@ -90,7 +101,7 @@ class StepCost:
 def memory(shape: Shape, config: PPOConfig, machine: Machine, gpus: int) -> Plan:
     """Bytes on each GPU: policy, value model and reference of one shape. The rollout needs the policy whole on each
     GPU; under ZeRO-3 that is gathered for it, beside what stays."""
-    lines = [Line("program", other=OVERHEAD), *ppo_lines(shape, config, gpus, on_gpu=True)]
+    lines = [Line("program", other=IMPORTS + RUNTIME), *ppo_lines(shape, config, gpus, on_gpu=True)]
     return Plan(lines, {}, machine.memory)
 
 
@@ -103,20 +114,30 @@ def step_cost(shape: Shape, config: PPOConfig, machine: Machine, gpus: int, per_
     tokens = rows * length
     sender = machine.link if gpus <= per_node else machine.network
 
+    # Multiplications of one token in the layers, causal attention over half the length among them, and in the head.
+    # A token's embedding is looked up, and the head is asked for response tokens alone.
+    head = shape.vocabulary * shape.hidden
+    layers = shape.parameters - head * (1 if shape.tied else 2) + length * shape.hidden * shape.layers
+    new = rows * config.max_new_tokens
+
     # Decoding: each new token of the rows decoded together reads all weights once, and each row its keys and values.
     together = min(rows, config.rollout_batch_size)
     cached = 2 * shape.layers * shape.kv_width * width * (config.max_prompt_length + config.max_new_tokens / 2)
-    reads = (weights + together * cached) / reading
-    products = 2 * shape.parameters * together / rate
+    read = weights - (0 if shape.tied else head * width)
+    reads = (read + together * cached) / reading
+    products = 2 * (layers + head) * together / rate
     rounds = max(1.0, rows / together)
     prompts = rows / config.num_generations * config.max_prompt_length
-    rollout = rounds * config.max_new_tokens * max(reads, products) + 2 * shape.parameters * prompts / rate
+    rollout = rounds * config.max_new_tokens * max(reads, products) + 2 * layers * prompts / rate
 
     models = 1 if config.value_model == "shared" else 2  # that are trained
-    # Value, reference, and the old log-probs again, which a shared trunk gives with its values.
-    frozen = 1 + bool(config.kl_coef) + (config.dtype != "float32" and models == 2)
-    flops = 8 if config.gradient_checkpointing else 6  # a weight and token, in training
-    trained = models * tokens + (rows * config.max_length if config.unsup_data else 0)  # the policy's alone, at most
+    # Value, reference, and the old log-probs again, which a shared trunk gives with its values. The head, where asked.
+    again = config.dtype != "float32"
+    heads = bool(config.kl_coef) + (again or models == 1)
+    frozen = 1 + bool(config.kl_coef) + (again and models == 2)
+    forwards = 4 if config.gradient_checkpointing else 3  # a backward pass is two more, a checkpointed layer runs again
+    mixed = rows * config.max_length if config.unsup_data else 0  # tokens of the policy alone, at most
+    trained = forwards * layers * (models * tokens + mixed) + 3 * head * (new + mixed)
     steps = config.num_ppo_epochs * config.num_mini_batches
     share = (gpus - 1) / gpus
     stage = max(config.zero_stage, 1 if config.dtype in ("bfloat16", "float16") else 0)  # the engine's own rule
@@ -131,8 +152,8 @@ def step_cost(shape: Shape, config: PPOConfig, machine: Machine, gpus: int, per_
         sent["weights for the rollout"] = weights * share
     seconds = {
         "rollout": rollout,
-        "score": frozen * 2 * shape.parameters * tokens / rate,
-        "train": config.num_ppo_epochs * trained * flops * shape.parameters / rate,
+        "score": 2 * (frozen * layers * tokens + heads * head * new) / rate,
+        "train": config.num_ppo_epochs * 2 * trained / rate,
         "traffic": sum(sent.values()) / sender if gpus > 1 else 0.0,
     }
     return StepCost(seconds, sent if gpus > 1 else {})

@@ -18,7 +18,7 @@ OPS = sorted(name for name in ops.__all__ if inspect.isfunction(getattr(ops, nam
 # A module imports from its own line and those below. A new one has to find its place here.
 LAYERS = [
     {"cli", "chat"},
-    {"trainers", "doctor", "scaling", "plan"},
+    {"trainers", "doctor", "scaling", "plan", "training_memory"},
     {"config_loading", "report"},
     {
         "algorithms",

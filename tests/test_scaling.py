@@ -12,8 +12,9 @@ from rlhf_fast.cli import main
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.config_loading import check_config, load_config
 from rlhf_fast.errors import ConfigError
-from rlhf_fast.plan import Shape
+from rlhf_fast.plan import Plan, memory_plan, ppo_lines
 from rlhf_fast.scaling import MACHINES, SIZES, memory, plan_report, step_cost
+from rlhf_fast.training_memory import Shape
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "scale"
 
@@ -72,17 +73,40 @@ def test_recipes_hold_what_they_promise(recipe: str) -> None:
 
 
 def test_memory_falls_from_stage_to_stage() -> None:
-    def total(stage: int, gpus: int, **fields: object) -> float:
+    def whole(stage: int, gpus: int, **fields: object) -> Plan:
         config = PPOConfig(model_name_or_path="-", train_data="-", dtype="bfloat16", zero_stage=stage, **fields)
-        return memory(SIZES["8b"], config, MACHINES["h100"], gpus).total
+        return memory(SIZES["8b"], config, MACHINES["h100"], gpus)
 
-    # 20 bytes a weight and trained model, 2 for the reference: weights 2, gradients 2 + 4, moments and master 12.
+    assert whole(1, 8).total > whole(2, 8).total > whole(3, 8).total
+    # Two models' master weights and moments, 12 bytes a weight, and gradients, from stage 2 on 4; a reference of 2.
     parameters = SIZES["8b"].parameters
-    assert total(1, 8) - total(2, 8) == pytest.approx(2 * 6 * parameters * 7 / 8)
-    few: dict[str, object] = {"rollout_batch_size": 1, "micro_batch_tokens": 256}  # as many on any number of GPUs
-    assert total(1, 1, **few) - total(1, 8, **few) == pytest.approx(2 * 12 * parameters * 7 / 8)
-    assert total(2, 8) - total(2, 8, offload_optimizer=True) == pytest.approx(2 * 12 * parameters / 8)
-    assert total(2, 8) - total(2, 8, ref_zero_stage=3) == pytest.approx(2 * parameters * 7 / 8)
+    few: dict[str, object] = {"rollout_batch_size": 1, "micro_batch_tokens": 256}
+    alone, eight = (whole(2, gpus, batch_size=gpus, **few) for gpus in (1, 8))
+    assert alone.total - eight.total == pytest.approx(2 * 16 * parameters * 7 / 8, rel=0.01)
+    assert whole(2, 8).total - whole(2, 8, offload_optimizer=True).total == pytest.approx(2 * 12 * parameters / 8)
+    assert whole(2, 8).total - whole(2, 8, ref_zero_stage=3).total == pytest.approx(2 * parameters * 7 / 8)
+
+
+def test_its_memory_is_the_dry_run_s(tmp_path: Path) -> None:
+    """A folder of that shape and the shape alone give one plan, line by line."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    ).save_pretrained(tmp_path)
+    config = PPOConfig(model_name_or_path=str(tmp_path), train_data="-", gradient_checkpointing=True)
+    of_folder = {line.name: line for line in memory_plan(config).lines}
+    of_shape = {line.name: line for line in ppo_lines(SIZES["135m"], config, 1)}
+    critic = of_folder.pop("value model"), of_shape.pop("value model")
+    assert critic[0].total == pytest.approx(critic[1].total, rel=1e-3)
+    of_folder.pop("program")
+    assert of_folder == of_shape
 
 
 def test_a_step_costs_less_on_more_gpus_and_more_over_a_network() -> None:
@@ -102,8 +126,12 @@ def test_a_shared_trunk_is_one_model_to_train() -> None:
         for kind in ("separate", "shared")
     )
     separate, shared = (step_cost(SIZES["8b"], config, MACHINES["h100"], 8) for config in (two, one))
-    assert shared.seconds["train"] == pytest.approx(separate.seconds["train"] / 2)
-    assert shared.seconds["score"] == pytest.approx(separate.seconds["score"] * 2 / 3)  # values with the log-probs
+    head = SIZES["8b"].vocabulary * SIZES["8b"].hidden * two.batch_size / 8 * two.max_new_tokens
+    rate = MACHINES["h100"].flops * MACHINES["h100"].efficiency
+    head_trained, heads_asked = 6 * head / rate, 4 * head / rate  # the policy's; the policy's and the reference's
+    assert shared.seconds["train"] - head_trained == pytest.approx((separate.seconds["train"] - head_trained) / 2)
+    # Values come with the log-probs.
+    assert shared.seconds["score"] - heads_asked == pytest.approx((separate.seconds["score"] - heads_asked) * 2 / 3)
     assert shared.sent == {name: pytest.approx(size / 2) for name, size in separate.sent.items()}
 
 

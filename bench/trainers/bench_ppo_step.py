@@ -40,12 +40,12 @@ def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[f
     return [len(text) / 100 for text in completions]
 
 
-def save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> None:
     """Ids as words: "7 12 9"; 0 pads, 1 ends."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {name: i for i, name in enumerate(["<pad>", "<end>", *map(str, range(2, VOCABULARY))])}
+    words = {name: i for i, name in enumerate(["<pad>", "<end>", *map(str, range(2, vocabulary))])}
     tokenizer = Tokenizer(models.WordLevel(vocab=words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>").save_pretrained(folder)
