@@ -158,8 +158,9 @@ def ppo_lines(
         policy_batch = MicroBatch(max(batch.tokens, mixed.tokens), max(batch.wanted, mixed.wanted), several=True)
     passes = [model_pass(policy, config, engine, policy_batch, on_gpu=on_gpu)]
     lines = [_line("policy", engine, config, on_gpu)]
-    if config.enable_ema:  # fp32, split as the optimiser is
-        lines.append(Line("policy's average", other=4 * policy.trained * engine.optimizer / (12 * policy.trained)))
+    if config.enable_ema:  # one more of the optimiser's tensors: two moments and, but for stage 0, master weights
+        whole = config.zero_stage == 0 and width >= 4
+        lines.append(Line("policy's average", other=lines[0].optimizer / (2 if whole else 3)))
     if config.value_model == "separate":
         stage = config.zero_stage if config.value_zero_stage is None else config.value_zero_stage
         of_critic = replace(config, zero_stage=stage)

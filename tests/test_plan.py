@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.errors import ModelError
-from rlhf_fast.plan import Shape, memory_plan, ppo_lines
+from rlhf_fast.plan import memory_plan, ppo_lines
+from rlhf_fast.training_memory import Shape
 
 REMOTE_CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -54,19 +56,23 @@ def test_code_in_the_folder_is_run_only_when_asked(tiny_llama: Path, tmp_path: P
 
 def test_what_options_of_ppo_take_and_save() -> None:
     """Bytes by hand, for a policy of 1000 weights on two GPUs."""
-    shape = Shape(1000, 1000, layers=1, hidden=8, intermediate=16, kv_width=8, vocabulary=50)
+    sizes: dict[str, Any] = {"layers": 1, "hidden": 8, "intermediate": 16, "kv_width": 8, "vocabulary": 50}
+    shape = Shape(1000, 1000, **sizes, tied=True, kept=144)
+    reference = replace(shape, parameters=10_000)
 
     def lines(**fields: Any) -> dict[str, float]:
         config = PPOConfig(model_name_or_path="m", train_data="d", **fields)
-        return {line.name: line.total for line in ppo_lines(shape, config, 2, on_gpu=True)}
+        return {line.name: line.total for line in ppo_lines(shape, config, 2, reference=reference, on_gpu=True)}
 
     plain, phases = lines(), "rollout or activations"
     assert lines(enable_ema=True) == plain | {"policy's average": 4000}
     assert lines(enable_ema=True, zero_stage=1)["policy's average"] == 2000
     assert lines(enable_ema=True, dtype="bfloat16")["policy's average"] == 2000  # runs as stage 1, in fp32
     assert lines(enable_ema=True, zero_stage=2, offload_optimizer=True)["policy's average"] == 0
-    assert lines(offload_ref=True) == plain | {"reference": 0}  # while it is asked it takes less than training does
+    long = lines(max_new_tokens=512, offload_ref=True)
+    assert long == lines(max_new_tokens=512) | {"reference": 0}  # while it is asked it takes less than training does
     assert lines(ref_zero_stage=3, offload_ref=True)["reference"] == 0
     tiny = {"micro_batch_tokens": 1, "max_new_tokens": 1, "max_prompt_length": 1}
-    assert lines(**tiny, offload_ref=True)[phases] == 4000 + 4 * 50
+    forward = 2 * 144 * 4  # of the layer, for two tokens; the gradients of two models are not there
+    assert lines(**tiny, offload_ref=True)[phases] == 4 * 10_000 + forward - 2 * 4 * 1000
     assert lines(unsup_data="t", max_length=10**4)[phases] > 2 * plain[phases]
