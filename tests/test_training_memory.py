@@ -48,7 +48,9 @@ def kept_bytes(model: Any) -> float:
 
 @pytest.mark.parametrize("targets", [None, "all-linear", ["q_proj", "v_proj"]])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_layer_keeps_what_autograd_keeps(dtype: str, targets: Any) -> None:
+def test_a_layer_keeps_what_autograd_keeps(dtype: str, targets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # DeepSpeed's ZeRO-3, once used in a process, puts a product there that keeps inputs of frozen weights too.
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
     sizes = {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2}
 
     def of(layers: int) -> float:

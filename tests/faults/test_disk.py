@@ -28,7 +28,7 @@ def reward(prompts, completions, **columns):
         # The reward of step 3 is the fourth, that of step 7 the tenth: evaluations come before steps 1, 4 and 7.
         (4, 50_000, {}, r"checkpoints/step-4 could not be written or read: .*is the disk full", [2]),
         (4, 3_000, {}, r"\.jsonl: File too large\. Mend that, then --resume", [2]),
-        (10, 50_000, {"save_steps": 6}, r"final could not be written or read: .*", [6]),
+        (10, 50_000, {"save_steps": 6}, r"final_ema could not be written or read: .*", [6]),
     ],
     ids=["a checkpoint", "metrics", "the model"],
 )

@@ -18,11 +18,12 @@ from .conftest import Workplace, assert_same
 from .fork_server import ROOT
 from .moments import Strike
 
-# (moment, its call, signal, the step under way). The first rollout and reward are those of the evaluation before.
+# (moment, its call, signal, the step under way). The first rollout and reward are those of the evaluation before; a
+# step has six backward passes.
 STOPS = [
     ("a rollout", 4, signal.SIGTERM, 3),
     ("a reward function", 2, signal.SIGINT, 1),
-    ("forward and backward", 6, signal.SIGINT, 2),
+    ("forward and backward", 9, signal.SIGINT, 2),
     ("a step in the metrics, not yet saved", 2, signal.SIGTERM, 2),
     ("an engine's files", 4, signal.SIGTERM, 4),
 ]
@@ -85,7 +86,7 @@ def test_the_second_signal_interrupts_at_once(
 
 
 def test_a_signal_to_one_rank_stops_both(workplace: Workplace, on_two_ranks: Any) -> None:
-    at = Strike("forward and backward", 10, signal.SIGTERM)
+    at = Strike("forward and backward", 15, signal.SIGTERM)
     assert workplace.run_ranks("run", "zero_stage=2", at=at, rank=1) == [0, 0], workplace.log("run")
     assert "stopped after step 3" in workplace.log("run")
     assert workplace.steps("run") == [2, 3]
