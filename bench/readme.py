@@ -2,7 +2,8 @@
 
     python -m bench.readme
 
-`make bench` ends with it. NAME is a table of bench/summary.py; one that was not measured stays as it is.
+`make bench` ends with it. NAME is a table of bench/summary.py; one that was not measured stays as it is, and one for
+which there are no marks is left out.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ def with_tables(readme: str) -> str:
     groups = [Group(**group) for group in found["groups"]]
     for name, table in tables(groups, found["machine"]).items():
         mark = f"<!-- {name}: bench/results -->\n"
-        before, _, rest = readme.partition(mark)
-        readme = before + mark + table + rest[rest.index("<!-- end -->") :]
+        before, found_mark, rest = readme.partition(mark)
+        if found_mark:
+            readme = before + mark + table + rest[rest.index("<!-- end -->") :]
     return readme
 
 

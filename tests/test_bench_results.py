@@ -30,6 +30,11 @@ def test_it_has_a_place_for_each_table(name: str, monkeypatch: pytest.MonkeyPatc
     assert f"<!-- {name}: bench/results -->\na new table\n<!-- end -->\n" in readme.with_tables(README)
 
 
+def test_a_table_without_a_place_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readme, "tables", lambda *_: {"rest": "a new table\n"})
+    assert readme.with_tables(README) == README
+
+
 def test_each_bench_of_generation_has_its_table() -> None:
     group = summary.Group("job", "decode", {"rlhf_fast": 1.0, "llama.cpp": 1.5})
     assert "| job | 1,000 | 1.5x llama.cpp |" in summary.tables([group], {})["generation"]
