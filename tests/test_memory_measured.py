@@ -40,12 +40,6 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     ),
     "PPO, 15M": ("ppo", "15M", LONG | {"max_steps": 8}, 1),
     "PPO, 110M": ("ppo", "110M", SHORT, 1),
-    "PPO, 110M, LoRA": (
-        "ppo",
-        "110M",
-        LONG | {"use_peft": True, "lora_target_modules": "all-linear"},
-        1,
-    ),
     "PPO, 15M, shared trunk": ("ppo", "15M", LONG | {"value_model": "shared", "max_steps": 8}, 1),
     "PPO, 110M, bfloat16, checkpointing": (
         "ppo",
