@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,27 @@ def write_jsonl(path: Path, rows: Iterable[object]) -> str:
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def count_a(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """A reward, of which the best answer is nothing but a."""
+    return [float(text.count("a")) for text in completions]
+
+
+COUNT_A = f"{__file__}:count_a"  # as a config names it
+
+
+def ppo_settings(model: Path, folder: Path, *, prompts: Iterable[str] = LETTERS, **fields: Any) -> dict[str, Any]:
+    """Fields of a short PPO run on prompts of some letters, to `folder`/run; `fields` are more, or others instead."""
+    settings = {
+        "model_name_or_path": str(model),
+        "train_data": write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts]),
+        "output_dir": str(folder / "run"),
+        "batch_size": 8,
+        "max_new_tokens": 6,
+        "report_to": [],
+    }
+    return settings | fields
 
 
 @pytest.fixture(scope="session")

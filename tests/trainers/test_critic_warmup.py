@@ -12,26 +12,17 @@ import torch
 from rlhf_fast import PPOConfig, PPOTrainer
 from rlhf_fast.errors import ConfigError
 
-from .conftest import read_metrics, write_jsonl
+from .conftest import count_a, ppo_settings, read_metrics, write_jsonl
 
 OF_POLICY = {"lr", "grad_norm", "loss/policy_avg", "policy/entropy_avg", "rollout/logprob_drift_max", "loss/ptx_avg"}
 OF_CRITIC = {"value/grad_norm", "loss/value_avg", "val/clipfrac_avg"}
 
 
-def count_a(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    return [float(text.count("a")) for text in completions]
-
-
 def make_trainer(model: Path, folder: Path, *, resume: bool = False, **fields: Any) -> PPOTrainer:
     settings = {
-        "model_name_or_path": str(model),
-        "train_data": write_jsonl(folder / "prompts.jsonl", [{"prompt": p} for p in "abcdefxy"]),
         "unsup_data": write_jsonl(folder / "texts.jsonl", [{"text": "xy"}]),
         "unsup_coef": 0.1,
-        "output_dir": str(folder / "run"),
-        "batch_size": 8,
         "num_mini_batches": 2,
-        "max_new_tokens": 6,
         "critic_warmup": 2,
         "max_steps": 5,
         "kl_target": 0.1,
@@ -39,9 +30,8 @@ def make_trainer(model: Path, folder: Path, *, resume: bool = False, **fields: A
         "learning_rate": 1e-3,
         "lr_scheduler_type": "linear",
         "warmup_ratio": 0.0,
-        "report_to": [],
     }
-    return PPOTrainer(PPOConfig(**{**settings, **fields}), reward=count_a, resume=resume)
+    return PPOTrainer(PPOConfig(**ppo_settings(model, folder, **{**settings, **fields})), reward=count_a, resume=resume)
 
 
 def weights(module: torch.nn.Module) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from .conftest import read_metrics, write_jsonl
+from .conftest import COUNT_A, ppo_settings, read_metrics
 
 Launcher = Callable[[int, Path], list[list[str]]]  # (a free port, a folder) -> the commands, one a node
 
@@ -52,21 +52,9 @@ def torchrun_on_two_nodes(port: int, folder: Path) -> list[list[str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [deepspeed_on_one_node, deepspeed_on_two_nodes, torchrun_on_two_nodes])
 def test_it_trains_as_one_process_does(launcher: Launcher, letters_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "reward.py").write_text(
-        "def reward(prompts, completions, **columns):\n    return [float(t.count('a')) for t in completions]\n"
-    )
-    config = {
-        "model_name_or_path": str(letters_model),
-        "train_data": write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": a + b} for a in "abcdef" for b in "abc"]),
-        "reward": f"{tmp_path / 'reward.py'}:reward",
-        "batch_size": 8,
-        "max_new_tokens": 6,
-        "learning_rate": 1e-3,
-        "max_steps": 2,
-        "save_steps": 1,
-        "zero_stage": 2,
-        "report_to": [],
-    }
+    prompts = [a + b for a in "abcdef" for b in "abc"]
+    fields = {"reward": COUNT_A, "learning_rate": 1e-3, "max_steps": 2, "save_steps": 1, "zero_stage": 2}
+    config = ppo_settings(letters_model, tmp_path, prompts=prompts, **fields)
     rows = []
     for launch in (one_process, launcher):
         output_dir = tmp_path / launch.__name__

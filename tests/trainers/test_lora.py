@@ -17,30 +17,22 @@ from rlhf_fast import PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
 from rlhf_fast.cli import main
 from rlhf_fast.models import PolicyModel
 
-from .conftest import read_metrics, write_jsonl
+from .conftest import count_a, ppo_settings, read_metrics, write_jsonl
 from .test_split import assert_same_run, run_on, settings
 
 LORA: dict[str, Any] = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "report_to": []}
 
 
-def count_a(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    return [float(text.count("a")) for text in completions]
-
-
 def ppo_config(model: Path, folder: Path, **fields: Any) -> PPOConfig:
     settings = {
-        "model_name_or_path": str(model),
-        "train_data": write_jsonl(folder / "prompts.jsonl", [{"prompt": p} for p in "abcdefxy"]),
-        "output_dir": str(folder / "run"),
         "batch_size": 16,
-        "max_new_tokens": 6,
         "num_mini_batches": 2,
         "micro_batch_tokens": 64,
         "learning_rate": 1e-2,
         "kl_coef": 0.1,
         "max_steps": 4,
     }
-    return PPOConfig(**{**settings, **LORA, **fields})
+    return PPOConfig(**ppo_settings(model, folder, **{**settings, **LORA, **fields}))
 
 
 def sft_config(model: Path, folder: Path, **fields: Any) -> SFTConfig:

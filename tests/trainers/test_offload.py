@@ -13,7 +13,7 @@ from rlhf_fast.errors import ConfigError
 from rlhf_fast.models import OffloadedWeights, load_scalar_model, load_tokenizer, save_model
 from rlhf_fast.rewards import ModelReward
 
-from .conftest import read_metrics, write_jsonl
+from .conftest import ppo_settings, read_metrics
 
 OFFLOAD = {"offload_ref": True, "offload_reward": True}
 
@@ -30,18 +30,8 @@ def reward_model(letters_model: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 def make_trainer(model: Path, folder: Path, **fields: Any) -> PPOTrainer:
     folder.mkdir(exist_ok=True)
-    settings = {
-        "model_name_or_path": str(model),
-        "train_data": write_jsonl(folder / "prompts.jsonl", [{"prompt": p} for p in "abcdefxy"]),
-        "output_dir": str(folder / "run"),
-        "batch_size": 8,
-        "max_new_tokens": 6,
-        "micro_batch_tokens": 16,
-        "learning_rate": 1e-3,
-        "max_steps": 2,
-        "report_to": [],
-    }
-    return PPOTrainer(PPOConfig(**{**settings, **fields}))
+    short = {"micro_batch_tokens": 16, "learning_rate": 1e-3, "max_steps": 2}
+    return PPOTrainer(PPOConfig(**ppo_settings(model, folder, **{**short, **fields})))
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

@@ -20,7 +20,7 @@ from rlhf_fast.distributed import World
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.trainers.batching import check_ranks
 
-from .conftest import read_metrics, write_jsonl
+from .conftest import COUNT_A, ppo_settings, read_metrics, write_jsonl
 
 
 def count(letter: str, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -29,15 +29,7 @@ def count(letter: str, prompts: list[str], completions: list[str], **columns: An
 
 def make_trainer(model: Path, folder: Path, *, resume: bool = False, **options: Any) -> PPOTrainer:
     """Its reward is a partial, which has no name of its own."""
-    config = PPOConfig(
-        model_name_or_path=str(model),
-        train_data=write_jsonl(folder / "prompts.jsonl", [{"prompt": p} for p in "abcdefxy"]),
-        output_dir=str(folder / "run"),
-        batch_size=8,
-        max_new_tokens=6,
-        report_to=[],
-        **({"max_steps": 1} | options),
-    )
+    config = PPOConfig(**ppo_settings(model, folder, **({"max_steps": 1} | options)))
     return PPOTrainer(config, reward=functools.partial(count, "a"), resume=resume)
 
 
@@ -133,20 +125,8 @@ def test_batches_that_do_not_divide_among_ranks_are_refused(options: dict[str, i
 )
 def test_reference_ops_need_no_compiler(options: dict[str, Any], letters_model: Path, tmp_path: Path) -> None:
     """Nothing is built, in a process that has nothing built: what the message of a missing compiler promises."""
-    config = {
-        "model_name_or_path": str(letters_model),
-        "train_data": write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": p} for p in "abcd"]),
-        "reward": f"{tmp_path / 'reward.py'}:count",
-        "ops_backend": "reference",
-        "max_steps": 1,
-        "batch_size": 4,
-        "max_new_tokens": 4,
-        "report_to": [],
-    }
-    (tmp_path / "reward.py").write_text(
-        "def count(completions, **columns):\n    return [len(c) for c in completions]\n"
-    )
-    (tmp_path / "ppo.yaml").write_text(json.dumps(config | options))
+    config = ppo_settings(letters_model, tmp_path, reward=COUNT_A, ops_backend="reference", max_steps=1, **options)
+    (tmp_path / "ppo.yaml").write_text(json.dumps(config))
     command = [sys.executable, "-m", "rlhf_fast.cli", "ppo", "--config", str(tmp_path / "ppo.yaml")]
     done = subprocess.run(
         [*command, "--output_dir", str(tmp_path / "run")],

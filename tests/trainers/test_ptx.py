@@ -15,7 +15,7 @@ from rlhf_fast import PPOConfig, PPOTrainer
 from rlhf_fast.errors import ConfigError, DataError
 from rlhf_fast.models import head
 
-from .conftest import read_metrics, save_letters_model, write_jsonl
+from .conftest import count_a, ppo_settings, read_metrics, save_letters_model, write_jsonl
 
 COEF, END = 3.0, 1  # END: the id of <end>
 ROWS = [  # rows of unsup_data, and what each is to a model: ids, and the first one that is learnt
@@ -26,23 +26,14 @@ ROWS = [  # rows of unsup_data, and what each is to a model: ids, and the first 
 ]
 
 
-def count_a(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    return [float(text.count("a")) for text in completions]
-
-
 def make_trainer(model: Path, folder: Path, **fields: Any) -> PPOTrainer:
     settings = {
-        "model_name_or_path": str(model),
-        "train_data": write_jsonl(folder / "prompts.jsonl", [{"prompt": p} for p in "abcdefxy"]),
         "unsup_data": write_jsonl(folder / "texts.jsonl", [row for row, _, _ in ROWS]),
         "unsup_coef": COEF,
-        "output_dir": str(folder / "run"),
         "batch_size": 4,
-        "max_new_tokens": 6,
         "max_steps": 1,
-        "report_to": [],
     }
-    return PPOTrainer(PPOConfig(**{**settings, **fields}), reward=count_a)
+    return PPOTrainer(PPOConfig(**ppo_settings(model, folder, **{**settings, **fields})), reward=count_a)
 
 
 def gradients(trainer: PPOTrainer) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from .conftest import read_metrics, write_jsonl
+from .conftest import COUNT_A, LETTERS, ppo_settings, read_metrics, write_jsonl
 
 STEPS = 7
 MEASURED = ("time/", "perf/", "memory/")  # what the clock says differs; all else must not
@@ -25,29 +25,26 @@ MEASURED = ("time/", "perf/", "memory/")  # what the clock says differs; all els
 def config_file(letters_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A PPO config that uses all that has state: two engines, averaged weights, adaptive KL, two data sets."""
     folder = tmp_path_factory.mktemp("resume")
-    (folder / "reward.py").write_text(
-        "def reward(prompts, completions, **columns):\n    return [float(t.count('a')) for t in completions]\n"
+    config = ppo_settings(
+        letters_model,
+        folder,
+        prompts=LETTERS * 3,
+        eval_data=write_jsonl(folder / "eval.jsonl", [{"prompt": p} for p in "xy"]),
+        reward=COUNT_A,
+        batch_size=16,
+        num_ppo_epochs=2,
+        num_mini_batches=2,
+        micro_batch_tokens=64,
+        kl_target=1.0,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        max_steps=STEPS,
+        save_steps=2,
+        eval_steps=3,
+        enable_ema=True,
+        unsup_coef=0.5,
+        unsup_data=write_jsonl(folder / "texts.jsonl", [{"text": "ab" * n} for n in range(1, 12)]),
     )
-    config = {
-        "model_name_or_path": str(letters_model),
-        "train_data": write_jsonl(folder / "prompts.jsonl", [{"prompt": p} for p in "abcdefxy"] * 3),
-        "eval_data": write_jsonl(folder / "eval.jsonl", [{"prompt": p} for p in "xy"]),
-        "reward": f"{folder / 'reward.py'}:reward",
-        "batch_size": 16,
-        "max_new_tokens": 6,
-        "num_ppo_epochs": 2,
-        "num_mini_batches": 2,
-        "micro_batch_tokens": 64,
-        "kl_target": 1.0,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "cosine",
-        "max_steps": STEPS,
-        "save_steps": 2,
-        "eval_steps": 3,
-        "enable_ema": True,
-        "unsup_coef": 0.5,
-        "unsup_data": write_jsonl(folder / "texts.jsonl", [{"text": "ab" * n} for n in range(1, 12)]),
-    }
     (folder / "ppo.yaml").write_text(yaml.safe_dump(config))
     return folder / "ppo.yaml"
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from .conftest import read_metrics, write_jsonl
+from .conftest import COUNT_A, ppo_settings, read_metrics, write_jsonl
 
 
 def run_on(ranks: int, command: str, config: dict[str, object], output_dir: Path) -> list[dict[str, float]]:
@@ -54,24 +54,20 @@ def test_sft_on_two_ranks_equals_one(letters_model: Path, tmp_path: Path) -> Non
 
 
 def test_ppo_with_nothing_to_evaluate_on_one_rank(letters_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "reward.py").write_text(
-        "def reward(prompts, completions, **columns):\n    return [float(t.count('a')) for t in completions]\n"
+    config = ppo_settings(
+        letters_model,
+        tmp_path,
+        eval_data=write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "x"}]),
+        reward=COUNT_A,
+        batch_size=16,
+        num_generations=2,
+        num_mini_batches=2,
+        micro_batch_tokens=16,
+        learning_rate=5e-3,
+        max_steps=3,
+        zero_stage=3,
+        gradient_checkpointing=True,
     )
-    config = {
-        "model_name_or_path": str(letters_model),
-        "train_data": write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": p} for p in "abcdefxy"]),
-        "eval_data": write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "x"}]),
-        "reward": f"{tmp_path / 'reward.py'}:reward",
-        "batch_size": 16,
-        "num_generations": 2,
-        "max_new_tokens": 6,
-        "num_mini_batches": 2,
-        "micro_batch_tokens": 16,
-        "learning_rate": 5e-3,
-        "max_steps": 3,
-        "zero_stage": 3,
-        "gradient_checkpointing": True,
-    }
     rows = run_on(2, "ppo", config, tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["rollout/logprob_drift_max"] < 1e-4 for row in rows)
@@ -91,15 +87,8 @@ def reward(prompts, completions, **columns):
 
 def test_a_reward_that_fails_on_one_rank_costs_the_batch_of_both(letters_model: Path, tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text(FAILS_ON_ONE_RANK)
-    config = {
-        "model_name_or_path": str(letters_model),
-        "train_data": write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": p} for p in "abcdefxy"]),
-        "reward": f"{tmp_path / 'reward.py'}:reward",
-        "on_bad_reward": "skip",
-        "batch_size": 4,
-        "max_new_tokens": 4,
-        "max_steps": 3,
-    }
+    reward = f"{tmp_path / 'reward.py'}:reward"
+    config = ppo_settings(letters_model, tmp_path, reward=reward, on_bad_reward="skip", max_steps=3)
     rows = run_on(2, "ppo", config, tmp_path / "run")
     assert [row["nonfinite_steps"] for row in rows] == [0, 1, 1]
     assert ["loss/policy_avg" in row for row in rows] == [True, False, True]
