@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.generation.shapes import SHAPES
 from rlhf_fast.cli import main
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.config_loading import check_config, load_config
@@ -31,17 +32,7 @@ def test_parameters_are_transformers_own() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=49_152,
-                hidden_size=576,
-                intermediate_size=1536,
-                num_hidden_layers=30,
-                num_attention_heads=9,
-                num_key_value_heads=3,
-                tie_word_embeddings=True,
-            )
-        )
+        model = LlamaForCausalLM(LlamaConfig(**SHAPES["SmolLM2-135M"]))
     assert sum(p.numel() for p in model.parameters()) == SIZES["135m"].parameters
 
 
@@ -91,15 +82,7 @@ def test_its_memory_is_the_dry_run_s(tmp_path: Path) -> None:
     """A folder of that shape and the shape alone give one plan, line by line."""
     from transformers import LlamaConfig
 
-    LlamaConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    ).save_pretrained(tmp_path)
+    LlamaConfig(**SHAPES["SmolLM2-135M"]).save_pretrained(tmp_path)
     config = PPOConfig(model_name_or_path=str(tmp_path), train_data="-", gradient_checkpointing=True)
     of_folder = {line.name: line for line in memory_plan(config).lines}
     of_shape = {line.name: line for line in ppo_lines(SIZES["135m"], config, 1)}

@@ -50,25 +50,29 @@ def tokens_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
+@torch.no_grad()
+def same_without_padding(module: nn.Module, inputs: Sequence[Tensor], tokens_read: list[int]) -> Any:
+    """Holds what the module gives without reading padding to what it gives of the padded batch, which is returned."""
+    wanted = module(*inputs)
+    assert set_padding_free(module)
+    tokens_read.clear()
+    torch.testing.assert_close(module(*inputs, lengths=LENGTHS), wanted, rtol=0, atol=1e-5)
+    assert tokens_read == [sum(LENGTHS)]
+    return wanted
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_reads_rows_without_padding(family: str, tokens_read: list[int]) -> None:
-    model = tiny_model(family)
-    policy, inputs = PolicyModel(model), batch()
-    with torch.no_grad():
-        wanted = policy(*inputs)
-        assert set_padding_free(policy)
-        tokens_read.clear()
-        got = policy(*inputs, lengths=LENGTHS)
-        assert tokens_read == [sum(LENGTHS)]
-        for ours, theirs in zip(got, wanted, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    policy, inputs = PolicyModel(tiny_model(family)), batch()
+    wanted, _ = same_without_padding(policy, inputs, tokens_read)
 
-        # The check can fail: without the borders, all but the first sequence's are others.
-        row = torch.cat([ids[:n] for ids, n in zip(inputs[0], LENGTHS, strict=True)])[None]
-        places = torch.arange(sum(LENGTHS))
+    # The check can fail: without the borders, all but the first sequence's are others.
+    row = torch.cat([ids[:n] for ids, n in zip(inputs[0], LENGTHS, strict=True)])[None]
+    places = torch.arange(sum(LENGTHS))
+    with torch.no_grad():
         mixed, _ = policy(row, torch.zeros_like(places), places, inputs[3], lengths=[sum(LENGTHS)])
-        assert (mixed - wanted[0]).abs()[LENGTHS[0] :].max() > 0.05
-        torch.testing.assert_close(mixed[: LENGTHS[0]], wanted[0][: LENGTHS[0]], rtol=0, atol=1e-5)
+    assert (mixed - wanted).abs()[LENGTHS[0] :].max() > 0.05
+    torch.testing.assert_close(mixed[: LENGTHS[0]], wanted[: LENGTHS[0]], rtol=0, atol=1e-5)
 
 
 def gradients(model: nn.Module, inputs: Sequence[Tensor], **options: Any) -> list[Tensor]:
@@ -106,29 +110,17 @@ def test_values_are_those_of_a_padded_batch(family: str, tokens_read: list[int])
     config = tiny_config(family)
     config.num_labels = 1
     torch.manual_seed(0)
-    critic, inputs = ScalarModel(AutoModelForSequenceClassification.from_config(config).eval()), batch()[:3]
-    with torch.no_grad():
-        wanted = critic(*inputs)
-        assert set_padding_free(critic)
-        tokens_read.clear()
-        torch.testing.assert_close(critic(*inputs, lengths=LENGTHS), wanted, rtol=0, atol=1e-5)
-        assert tokens_read == [sum(LENGTHS)]
+    critic = ScalarModel(AutoModelForSequenceClassification.from_config(config).eval())
+    same_without_padding(critic, batch()[:3], tokens_read)
 
 
 def test_a_shared_trunk_and_adapters_read_rows_without_padding(tmp_path: Path, tokens_read: list[int]) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
-    model, inputs = load_causal_lm(tmp_path, dtype="float32"), batch()
+    model = load_causal_lm(tmp_path, dtype="float32")
     add_adapters(model, SFTConfig(model_name_or_path=str(tmp_path), train_data="", use_peft=True))
     shared = SharedModel(model)
     nn.init.normal_(shared.value_head.weight)
-    with torch.no_grad():
-        wanted = shared(*inputs)
-        assert set_padding_free(shared)
-        tokens_read.clear()
-        got = shared(*inputs, lengths=LENGTHS)
-    assert tokens_read == [sum(LENGTHS)]
-    for ours, theirs in zip(got, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    same_without_padding(shared, batch(), tokens_read)
 
 
 def other_model(kind: str) -> Any:
