@@ -78,6 +78,14 @@ def save_tiny_llama(folder: Path, *, chat: bool = False, seed: int = 0, layers: 
     return folder
 
 
+@pytest.fixture
+def float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed trains in float16 on a CPU, which it refuses without native arithmetic; torch's emulation will do."""
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny Llama with a byte tokenizer and no chat template."""

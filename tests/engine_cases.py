@@ -17,6 +17,12 @@ def net(dtype: torch.dtype = torch.float32) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.Tanh(), nn.Linear(16, 3)).to(dtype)
 
 
+def scramble(module: nn.Module) -> None:
+    """For apply(): other weights, of which a load must leave none."""
+    for parameter in module.parameters(recurse=False):
+        nn.init.normal_(parameter)
+
+
 def batch(step: int) -> torch.Tensor:
     return torch.randn(ROWS, 6, generator=torch.Generator().manual_seed(100 + step))
 

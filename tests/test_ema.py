@@ -6,23 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 
 from rlhf_fast.ema import WeightAverage
 from rlhf_fast.engine import Engine, World, init_distributed
 from rlhf_fast.errors import CheckpointError
-from tests.engine_cases import batch, engine, net, train_step, weights
+from tests.engine_cases import batch, engine, net, scramble, train_step, weights
 
 DECAY = 0.8  # the average is far from both ends after a few steps
 KINDS = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16", "float16")]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@pytest.fixture(autouse=True)
-def float16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed wants native fp16 arithmetic; torch's emulation will do."""
-    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+pytestmark = pytest.mark.usefixtures("float16")
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +72,12 @@ def test_resume_continues_the_same_bits(world: World, tmp_path: Path, stage: int
     for step in range(3):
         train_step(straight, [batch(step)])
     straight.save(tmp_path / "policy")
-    resumed = engine(world, stage, dtype, ema_decay=DECAY, module=net().apply(_scramble))
+    resumed = engine(world, stage, dtype, ema_decay=DECAY, module=net().apply(scramble))
     resumed.load(tmp_path / "policy")
     for step in range(3, 5):
         for one in (straight, resumed):
             train_step(one, [batch(step)])
     assert all(torch.equal(a, b) for a, b in zip(averaged(straight), averaged(resumed), strict=True))
-
-
-def _scramble(module: torch.nn.Module) -> None:
-    for parameter in module.parameters(recurse=False):
-        torch.nn.init.normal_(parameter)
 
 
 @pytest.mark.parametrize("stage", [0, 2])

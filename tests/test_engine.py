@@ -16,7 +16,7 @@ from torch import nn
 from rlhf_fast.checkpoint import latest_checkpoint
 from rlhf_fast.engine import World, init_distributed
 from rlhf_fast.errors import CheckpointError, ConfigError
-from tests.engine_cases import batch, engine, learning_rate, loss, net, plain_training, train_step, weights
+from tests.engine_cases import batch, engine, learning_rate, loss, net, plain_training, scramble, train_step, weights
 
 ROOT = Path(__file__).parents[1]
 STAGES = [0, 1, 2, 3]
@@ -53,14 +53,6 @@ def test_update_is_plain_adamw_for_any_number_of_micro_batches(world: World, sta
         assert not result.skipped
     assert max(norms) > 1.0  # clipping was at work
     assert_close(weights(ours), expected, 1e-6)
-
-
-@pytest.fixture
-def float16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed wants native fp16 arithmetic; torch's emulation will do to see the bookkeeping."""
-    from deepspeed.accelerator import get_accelerator
-
-    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
 
 
 @pytest.mark.parametrize(("dtype", "rate"), [("bfloat16", 2e-4), ("float16", 2e-5)])
@@ -253,7 +245,7 @@ def test_resume_continues_the_same_bits(world: World, tmp_path: Path, stage: int
         train_step(straight, list(batch(step).split(4)))
         train_step(first, list(batch(step).split(4)))
     first.save(tmp_path / "policy")
-    second = engine(world, stage, dtype, module=nn.Sequential(*list(net())).apply(scramble))
+    second = engine(world, stage, dtype, module=net().apply(scramble))
     second.load(tmp_path / "policy")
     assert_same(weights(second), weights(straight))
     for step in range(3, 6):
@@ -266,16 +258,11 @@ def test_resume_continues_the_same_bits(world: World, tmp_path: Path, stage: int
 def test_an_engine_that_has_not_stepped_is_saved_too(world: World, tmp_path: Path, stage: int, dtype: str) -> None:
     first = engine(world, stage, dtype)
     first.save(tmp_path / "policy")
-    second = engine(world, stage, dtype, module=nn.Sequential(*list(net())).apply(scramble))
+    second = engine(world, stage, dtype, module=net().apply(scramble))
     second.load(tmp_path / "policy")
     for step in range(2):
         assert train_step(second, [batch(step)]) == train_step(first, [batch(step)])
     assert_same(weights(second), weights(first))
-
-
-def scramble(module: nn.Module) -> None:
-    for parameter in module.parameters(recurse=False):
-        nn.init.normal_(parameter)
 
 
 def test_two_engines_train_and_save_side_by_side(world: World, tmp_path: Path) -> None:

@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 
 from tests.faults.fork_server import ForkServer, Process
 from tests.faults.moments import Strike
-from tests.trainers.conftest import read_metrics, save_letters_model, write_jsonl
+from tests.trainers.conftest import repeatable_metrics, save_letters_model, write_jsonl
 
-MEASURED = ("time/", "perf/", "memory/")  # what the clock says differs; all else must not
 PROMPTS = [a + b for a in "abcdexy" for b in "abc"]  # 21: the batch of 8 does not divide them, epochs end inside one
 EPOCHS = 3
 
@@ -82,7 +81,7 @@ class Workplace:
 
 def result(folder: Path) -> dict[str, Any]:
     """What a run leaves that no interruption may change."""
-    rows = [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in read_metrics(folder)]
+    rows = repeatable_metrics(folder)
     samples = (folder / "samples.jsonl").read_text() if (folder / "samples.jsonl").exists() else ""
     weights = {
         f"{file.parent.name}/{name}": tensor.view(torch.uint8)

@@ -74,6 +74,14 @@ def ppo_settings(model: Path, folder: Path, *, prompts: Iterable[str] = LETTERS,
     return settings | fields
 
 
+MEASURED = ("time/", "perf/", "memory/")  # what the clock says differs; all else must not
+
+
+def repeatable_metrics(folder: Path) -> list[dict[str, float]]:
+    """Rows of a run's metrics.jsonl without what was measured: the same run again has the same."""
+    return [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in read_metrics(folder)]
+
+
 @pytest.fixture(scope="session")
 def letters_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a policy over ten letters."""

@@ -15,10 +15,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from .conftest import COUNT_A, LETTERS, ppo_settings, read_metrics, write_jsonl
+from .conftest import COUNT_A, LETTERS, ppo_settings, read_metrics, repeatable_metrics, write_jsonl
 
 STEPS = 7
-MEASURED = ("time/", "perf/", "memory/")  # what the clock says differs; all else must not
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +75,6 @@ def finish(process: subprocess.Popen[str]) -> str:
     return errors
 
 
-def comparable(output_dir: Path) -> list[dict[str, float]]:
-    return [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in read_metrics(output_dir)]
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output_dir = tmp_path_factory.mktemp("whole") / "run"
@@ -88,7 +83,7 @@ def uninterrupted(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def assert_same_run(output_dir: Path, uninterrupted: Path) -> None:
-    rows, expected = comparable(output_dir), comparable(uninterrupted)
+    rows, expected = repeatable_metrics(output_dir), repeatable_metrics(uninterrupted)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert rows == expected
     for final in ("final", "final_ema"):
