@@ -48,7 +48,7 @@ class TrainerConfig:
     num_train_epochs: float = 1.0  # over train_data; max_steps, when set, decides instead
     max_steps: int | None = None
     batch_size: int = 32  # rows of one step, over all ranks
-    micro_batch_tokens: int = 4096  # tokens (padding included) of one forward and backward on one rank
+    micro_batch_tokens: int = 4096  # of one forward and backward on one rank, padding included where there is some
     padding_free: bool = True  # sequences end to end, without padding, if the model's attention can; same results
     gradient_checkpointing: bool = False
 

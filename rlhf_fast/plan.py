@@ -6,6 +6,7 @@ and how it compares with measured runs.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,11 +88,9 @@ class Plan:
         return "\n".join(["memory", head, *rows, sums, *tokens])
 
 
-def memory_plan(config: TrainerConfig, *, world_size: int | None = None) -> Plan:
+def memory_plan(config: TrainerConfig) -> Plan:
     """Estimate the memory of one rank and the tokens of one step. Raises ModelError when a folder has no config."""
-    import os
-
-    ranks = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))  # as a launcher says
     code = config.trust_remote_code
     shape = _shape(config.model_name_or_path, config)
     on_gpu = torch.cuda.is_available()
@@ -104,9 +103,9 @@ def memory_plan(config: TrainerConfig, *, world_size: int | None = None) -> Plan
             for name in _reward_folders(config.reward)
         }
         fetched = 0.0
-        if config.offload_reward and torch.cuda.is_available():  # one at a time is on the GPU
+        if config.offload_reward and on_gpu:  # one at a time is on the GPU
             fetched, rewards = max(rewards.values(), default=0.0), {}
-        lines += ppo_lines(shape, config, ranks, critic=critic, reference=reference, fetched=fetched)
+        lines += ppo_lines(shape, config, ranks, critic=critic, reference=reference, fetched=fetched, on_gpu=on_gpu)
         lines += [Line(name, weights=size) for name, size in rewards.items()]
         tokens = {
             "prompts": config.batch_size // config.num_generations * config.max_prompt_length,
@@ -138,13 +137,11 @@ def ppo_lines(
     critic: Shape | None = None,
     reference: Shape | None = None,
     fetched: float = 0.0,
-    on_gpu: bool | None = None,
+    on_gpu: bool,
 ) -> list[Line]:
     """PPO's own models and buffers on one rank. critic, reference: shapes, where they are not the policy's. fetched:
-    the largest reward model that is offloaded. on_gpu: what is offloaded leaves the memory that is counted; None: if
-    there is a GPU."""
+    the largest reward model that is offloaded. on_gpu: what is offloaded leaves the memory that is counted."""
     critic, reference = critic or policy, reference or policy
-    on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     width = BYTES[config.dtype]
     rows, new = max(1, config.batch_size // ranks), config.max_new_tokens
     length = config.max_prompt_length + new

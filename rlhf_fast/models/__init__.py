@@ -31,9 +31,10 @@ from .modules import (
     set_gradient_checkpointing,
     set_padding_free,
 )
-from .offload import OffloadedWeights
+from .offload import Loaded, OffloadedWeights, place_frozen
 
 __all__ = [
+    "Loaded",
     "OffloadedWeights",
     "PolicyModel",
     "ScalarModel",
@@ -49,6 +50,7 @@ __all__ = [
     "load_model_config",
     "load_scalar_model",
     "load_tokenizer",
+    "place_frozen",
     "save_model",
     "scores_sequences",
     "set_gradient_checkpointing",

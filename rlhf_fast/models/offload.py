@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+
+Loaded = Callable[[], contextlib.AbstractContextManager[None]]  # inside, a model's weights are where it runs
+
+
+def place_frozen(module: nn.Module, device: torch.device, *, offload: bool) -> Loaded:
+    """Put a module that is never trained on `device`, or its weights there only while they are asked: offload, which
+    says nothing on a CPU. Returns what to enter whenever the module is asked."""
+    if offload and device.type != "cpu":
+        return OffloadedWeights(module, device).loaded
+    module.to(device)
+    return contextlib.nullcontext
 
 
 class OffloadedWeights:

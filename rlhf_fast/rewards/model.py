@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ class ModelReward(Reward):
         token_budget: int = 16384,
     ) -> None:
         from rlhf_fast.data import ChatFormat
-        from rlhf_fast.models import OffloadedWeights, load_scalar_model, load_tokenizer
+        from rlhf_fast.models import load_scalar_model, load_tokenizer, place_frozen
 
         folder = Path(folder)
         self.name, self.label = name or folder.name, f"reward model {folder}"
@@ -47,11 +46,7 @@ class ModelReward(Reward):
             self.model = load_scalar_model(folder, dtype="float32").eval()
         except ModelError as error:
             raise RewardError(f"{self.label}: {error}") from error
-        self.loaded: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-        if offload and self.device.type != "cpu":
-            self.loaded = OffloadedWeights(self.model, self.device).loaded
-        else:
-            self.model.to(self.device)
+        self.loaded = place_frozen(self.model, self.device, offload=offload)
         self.chat = ChatFormat(self.tokenizer, system_prompt=getattr(self.model.config, "system_prompt", None))
         config: Any = self.model.config.get_text_config()
         self.max_tokens = getattr(config, "max_position_embeddings", None)

@@ -19,16 +19,14 @@ from rlhf_fast.models import set_padding_free, unwrap
 
 
 def use_padding_free(config: TrainerConfig, models: Sequence[nn.Module], world: World) -> bool:
-    """Let models read rows without padding, if the config says so and all of them can. Warns of one that cannot."""
+    """Let models read rows without padding, if the config says so. Warns of those that cannot; False if any."""
     if not config.padding_free:
         return False
-    for model in models:
-        if not set_padding_free(model):
-            if world.is_main:
-                name = type(unwrap(model)).__name__
-                warnings.warn(f"padding_free: {name} cannot keep sequences apart; rows are padded", stacklevel=2)
-            return False
-    return True
+    padded = [type(unwrap(model)).__name__ for model in models if not set_padding_free(model)]
+    if padded and world.is_main:
+        names = ", ".join(dict.fromkeys(padded))
+        warnings.warn(f"padding_free: {names} cannot keep sequences apart; rows are padded", stacklevel=2)
+    return not padded
 
 
 def micro_batches(lengths: Sequence[int], budget: int, world: World, *, padding_free: bool) -> list[list[int]]:

@@ -7,6 +7,7 @@ rlhf_fast/ops (losses, GAE), their constants in rlhf_fast/config.py (PPOConfig).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -351,17 +352,18 @@ class PPOTrainer:
 
     def export(self, folder: Path) -> None:
         """Write the policy as AutoModelForCausalLM loads it."""
-        with self.models.policy.gathered():
-            if self.world.is_main:
-                save_model(self.models.policy_module, self.tokenizer, folder)
+        self._save_within(self.models.policy.gathered(), folder)
 
     def export_average(self, folder: Path) -> None:
         """The same with the averaged weights."""
-        with self.models.policy.averaged():
-            if self.world.is_main:
-                save_model(self.models.policy_module, self.tokenizer, folder)
+        self._save_within(self.models.policy.averaged(), folder)
 
     # ---- parts ----------------------------------------------------------------------------------------------------
+
+    def _save_within(self, weights: AbstractContextManager[None], folder: Path) -> None:
+        with weights:
+            if self.world.is_main:
+                save_model(self.models.policy_module, self.tokenizer, folder)
 
     def _whiten(self, x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
         """Over the masked tokens of all ranks."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from rlhf_fast.distributed import World
 from rlhf_fast.engine import Engine, partition_frozen
 from rlhf_fast.generation import Rollout
 from rlhf_fast.models import (
-    OffloadedWeights,
+    Loaded,
     PolicyModel,
     ScalarModel,
     SharedModel,
@@ -27,6 +26,7 @@ from rlhf_fast.models import (
     check_vocabulary,
     load_causal_lm,
     load_scalar_model,
+    place_frozen,
     set_gradient_checkpointing,
 )
 from rlhf_fast.trainers.batching import micro_batches, use_padding_free
@@ -85,14 +85,12 @@ class PPOModels:
         config = self.config
         updates = config.num_ppo_epochs * config.num_mini_batches
         in_parts = config.zero_stage == 3 if config.ref_zero_stage is None else config.ref_zero_stage == 3
-        self.reference_loaded: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        self.reference_loaded: Loaded = contextlib.nullcontext
         if self.reference is not None and in_parts:
             offload = config.offload_ref or config.offload_param
             self.reference = partition_frozen(self.reference, config=config, world=self.world, offload=offload)
-        elif self.reference is not None and config.offload_ref and self.world.device.type != "cpu":
-            self.reference_loaded = OffloadedWeights(self.reference, self.world.device).loaded
         elif self.reference is not None:
-            self.reference.to(self.world.device)
+            self.reference_loaded = place_frozen(self.reference, self.world.device, offload=config.offload_ref)
         self.policy = Engine(
             self.policy_module,
             config=config,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.config import SFTConfig
+from rlhf_fast.distributed import World
 from rlhf_fast.models import (
     PolicyModel,
     ScalarModel,
     SharedModel,
     add_adapters,
+    is_padding_free,
     load_causal_lm,
     set_gradient_checkpointing,
     set_padding_free,
 )
 from rlhf_fast.models.modules import decoder_of
+from rlhf_fast.trainers.batching import use_padding_free
 from tests.families import FAMILIES, VOCABULARY, tiny_config, tiny_model
 
 LENGTHS = [9, 1, 4, 12, 1]  # the windows of Mistral and Gemma are of 4 tokens
@@ -142,6 +146,17 @@ def test_a_model_that_cannot_reads_padded_rows(kind: str, tokens_read: list[int]
     got, _ = policy(*inputs, lengths=LENGTHS)
     assert tokens_read == [inputs[0].numel()]
     assert torch.equal(got, wanted)
+
+
+def test_a_run_warns_of_models_that_cannot() -> None:
+    config = SFTConfig(model_name_or_path="-", train_data="-")
+    world = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    unable, able = other_model("bloom"), tiny_model("llama")
+    with pytest.warns(UserWarning, match=r"^padding_free: BloomForCausalLM cannot keep sequences apart"):
+        assert not use_padding_free(config, [unable, able], world)
+    assert is_padding_free(able)
+    assert use_padding_free(config, [able], world)
+    assert not use_padding_free(replace(config, padding_free=False), [able], world)
 
 
 def test_one_whose_layers_mix_sequences_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
