@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 from bench.process_memory import peak, start_watching
-from rlhf_fast.cli import _set_environment
+from rlhf_fast.cli import set_environment
 
 
 def main(command: str, file: str) -> None:
-    _set_environment()  # as the command line does, before torch is there
+    set_environment()  # as the command line does, before torch is there
     import deepspeed.runtime.bf16_optimizer  # noqa: F401
     import peft  # noqa: F401
 

@@ -32,7 +32,7 @@ DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    _set_environment()
+    set_environment()
     warnings.showwarning = _show_warning
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _set_environment() -> None:
+def set_environment() -> None:
+    """What libraries read when they load: to be called before torch is imported."""
     # Read by torch's CPU allocator when it loads: 2 MB pages for large tensors. A fresh [N, V] gradient otherwise
     # spends most of its time in page faults.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

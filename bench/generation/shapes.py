@@ -1,4 +1,4 @@
-"""Llamas of sizes that people train, as changes to a LlamaConfig: what the decoder is timed and tried with."""
+"""Llamas of sizes that people train, as changes to a LlamaConfig: what benches and tests time, measure and try."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[f
     return [len(text) / 100 for text in completions]
 
 
-def save_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> None:
+def save_tokenizer(folder: Path, vocabulary: int) -> None:
     """Ids as words: "7 12 9"; 0 pads, 1 ends."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -60,7 +60,7 @@ def with_trainer(folder: Path, lengths: str, rollout_backend: str) -> Iterator[S
     """PPOTrainer's loop, a step at a time, with all that it writes."""
     torch.manual_seed(0)
     LlamaForCausalLM(config_of_model()).save_pretrained(folder / "model")
-    save_tokenizer(folder / "model")
+    save_tokenizer(folder / "model", VOCABULARY)
     rows = [{"prompt": " ".join(map(str, row))} for row in prompts().tolist()]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = PPOConfig(

@@ -25,21 +25,19 @@ from bench.generation.shapes import SHAPES
 from bench.trainers.bench_ppo_step import save_tokenizer
 
 ROOT = Path(__file__).parents[2]
-PEER = ROOT / ".venv-trl/bin/python"
+PEER = ROOT / ".venv-trl/bin/python"  # of an environment with TRL
 ROWS, PROMPT, NEW, STEPS = 16, 64, 64, 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="15M")
-    parser.add_argument("--peer", default=str(PEER), help="Python of an environment with TRL")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_inputs(folder, args.shape)
         ours = run([sys.executable, "-m", "bench.run_memory", "ppo", str(folder / "ppo.yaml")])
-        trl = [args.peer, "-m", "bench.trainers.trl_peer", str(folder), *map(str, (ROWS, NEW, STEPS))]
-        theirs = run(trl)
+        theirs = run([str(PEER), "-m", "bench.trainers.trl_peer", str(folder), *map(str, (ROWS, NEW, STEPS))])
     print(f"| {args.shape} | ours, GB | TRL, GB | ours / TRL |\n|---|---|---|---|")
     for what, parts in {"whole process": ("baseline", "measured"), "less its imports": ("measured",)}.items():
         a, b = (sum(side[part] for part in parts) for side in (ours, theirs))
@@ -52,8 +50,8 @@ def write_inputs(folder: Path, shape: str) -> None:
     config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=1, pad_token_id=0, num_labels=1)
     for name, model in {"model": LlamaForCausalLM, "reward": LlamaForSequenceClassification}.items():
         model(config).save_pretrained(folder / name)
-        save_tokenizer(folder / name)
-    prompts = torch.randint(802, SHAPES[shape]["vocab_size"], (STEPS * ROWS, PROMPT)).tolist()
+        save_tokenizer(folder / name, config.vocab_size)
+    prompts = torch.randint(802, config.vocab_size, (STEPS * ROWS, PROMPT)).tolist()
     rows = [json.dumps({"prompt": " ".join(map(str, row))}) + "\n" for row in prompts]
     (folder / "prompts.jsonl").write_text("".join(rows))
     settings = {

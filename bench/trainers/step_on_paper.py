@@ -17,13 +17,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from bench.generation.shapes import SHAPES
-from bench.trainers.memory_trl import NEW, PROMPT, write_inputs
-from rlhf_fast.cli import _set_environment
+from rlhf_fast.cli import set_environment
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.scaling import Machine, llama, step_cost
 
 STEPS = 4
 
@@ -33,6 +29,12 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="15M")
     parser.add_argument("--rows", type=int, default=16)
     args = parser.parse_args()
+    set_environment()  # as the command line does, before torch is there
+    import torch
+
+    from bench.trainers.memory_trl import NEW, PROMPT
+    from rlhf_fast.scaling import Machine, llama, step_cost
+
     shape = SHAPES[args.shape]
     tokens = args.rows * (PROMPT + NEW)
     x, weight = torch.randn(tokens, shape["hidden_size"]), torch.randn(shape["intermediate_size"], shape["hidden_size"])
@@ -75,6 +77,7 @@ def fastest(run: Callable[[], object]) -> float:
 
 def run(folder: Path, shape: str, rows: int) -> dict[str, float]:
     """Seconds a step of each phase."""
+    from bench.trainers.memory_trl import write_inputs
     from rlhf_fast import PPOTrainer
     from rlhf_fast.config_loading import load_config
 
@@ -87,5 +90,4 @@ def run(folder: Path, shape: str, rows: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    _set_environment()
     main()

@@ -158,7 +158,9 @@ void linear(const Linear& layer, const void* x, int64_t rows, int64_t x_row, Typ
 void linear_many(const Linear* layers, int count, const void* x, int64_t rows, int64_t x_row, Type out_type, void* y,
                  int64_t y_row, void* workspace, Stream stream) {
   check_rows(rows);
-  if (count > kMostLayers) throw std::invalid_argument("a product of more than four layers");
+  if (count > kMostLayers) {
+    throw std::invalid_argument("a product of more than " + std::to_string(kMostLayers) + " layers");
+  }
   with_type(layers[0].type, [&](auto element) {
     using T = decltype(element);
     Parts<T> parts{};

@@ -171,7 +171,7 @@ def _import_everything() -> None:
     import rlhf_fast.trainers
     from rlhf_fast.build import load_generation, load_ops
 
-    rlhf_fast.cli._set_environment()
+    rlhf_fast.cli.set_environment()
     load_ops()  # compiled here if need be, before anybody waits for a run
     load_generation()
 
