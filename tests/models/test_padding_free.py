@@ -128,18 +128,26 @@ def test_a_shared_trunk_and_adapters_read_rows_without_padding(tmp_path: Path, t
 
 
 def other_model(kind: str) -> Any:
-    """Models whose states cannot be kept apart: attention of their own making (Bloom), or none at all (Mamba)."""
+    """Models whose states cannot be kept apart: attention of their own making (Bloom), none at all (Mamba), or
+    convolutions besides (LFM2: with such weights they mix no more than bfloat16 might have rounded)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {"bloom": {"n_layer": 2, "n_head": 4}, "mamba": {"num_hidden_layers": 2, "state_size": 4}}[kind]
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    sizes: dict[str, Any] = {
+        "bloom": {"n_layer": 2, "n_head": 4},
+        "mamba": {"num_hidden_layers": 2, "state_size": 4},
+        "lfm2": {"num_hidden_layers": 3, "full_attn_idxs": [1], "initializer_range": 0.06, **heads},
+    }[kind]
     torch.manual_seed(0)
     settings = {"vocab_size": VOCABULARY, "hidden_size": 32, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings, **sizes)).eval()
 
 
-@pytest.mark.parametrize("kind", ["bloom", "mamba"])
-def test_a_model_that_cannot_reads_padded_rows(kind: str, tokens_read: list[int]) -> None:
-    policy, inputs = PolicyModel(other_model(kind)), batch()
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("bloom", torch.float32), ("mamba", torch.float32), ("lfm2", torch.bfloat16)]
+)
+def test_a_model_that_cannot_reads_padded_rows(kind: str, dtype: torch.dtype, tokens_read: list[int]) -> None:
+    policy, inputs = PolicyModel(other_model(kind).to(dtype)), batch()
     wanted, _ = policy(*inputs)
     assert not set_padding_free(policy)
     tokens_read.clear()
