@@ -364,8 +364,12 @@ void linear(const Linear* layers, int64_t count, const float* x, int64_t rows, i
   int64_t products = 0;
   for (int64_t i = 0; i < count; ++i) products += layers[i].out * layers[i].in * rows;
   const auto part = [&] {
+    uint32_t* read = pairs;
 #if defined(RLHF_FAST_AVX512)
-    if (pairs) {
+    if (pairs && rows <= kRowsOfGroup) {
+      read += omp_get_thread_num() * rows * paired_row(layers[0].in);
+      to_pairs(x, rows, x_stride, layers[0].in, read);
+    } else if (pairs) {
       const Groups groups(rows);
 #pragma omp for schedule(static)
       for (int64_t g = 0; g < groups.count; ++g) {
@@ -374,7 +378,7 @@ void linear(const Linear* layers, int64_t count, const float* x, int64_t rows, i
       }
     }
 #endif
-    share(layers, count, all, pairs, omp_get_thread_num(), omp_get_num_threads());
+    share(layers, count, all, read, omp_get_thread_num(), omp_get_num_threads());
   };
   if (products < kWorthThreads) return part();
 #pragma omp parallel

@@ -5,6 +5,8 @@
 // whatever the number of rows (linear.cpp and linear_bfloat16.cpp say which).
 #pragma once
 
+#include <omp.h>
+
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -49,6 +51,10 @@ RLHF_FAST_FOR_EACH_ISA(RLHF_FAST_DECLARE)
 // Pairs of bfloat16 in a row of x, with zeros up to a multiple of 16.
 constexpr int64_t paired_row(int64_t in) { return (in + 31) / 32 * 16; }
 
+// Rows of x whose pairs are made together. Where there are no more, each thread makes its own: that takes less time
+// than to wait for another thread's, and to read them.
+constexpr int64_t kRowsOfGroup = 12;
+
 namespace {
 
 // y[i * y_stride + n], i < rows and n < out, from x[i * x_stride + k], k < in, for layers of the same x, such as queries,
@@ -59,7 +65,7 @@ inline void linear(const Linear* layers, int64_t count, const float* x, int64_t 
                    int64_t y_stride, std::vector<uint32_t>& scratch) {
   uint32_t* pairs = nullptr;
   if (layers[0].type == WeightType::bfloat16 && multiplies_bfloat16()) {
-    const size_t size = rows * paired_row(layers[0].in);
+    const size_t size = (rows > kRowsOfGroup ? 1 : omp_get_max_threads()) * rows * paired_row(layers[0].in);
     if (scratch.size() < size) scratch.resize(size);
     pairs = scratch.data();
   }

@@ -4,8 +4,9 @@
 // that.
 //
 // In memory the pairs of one output are side by side, where a vector wants one pair of 16 outputs: squares of 16 x 16
-// pairs are turned in registers. With few rows each square is used at once. With more the squares of some outputs become
-// a panel in the cache, which all rows use; the next panel's memory is asked for meanwhile.
+// pairs are turned in registers. With few rows of x each half of a square is used at once; for a single row turning is
+// most of the work beside reading the weights. With more rows the squares of some outputs become a panel in the cache,
+// which all rows use; the next panel's memory is asked for meanwhile.
 #include "linear_bfloat16.h"
 
 #include "../cpu/simd.h"
@@ -23,7 +24,7 @@ namespace {
 constexpr int kFewRows = 8;  // whose sums fit into registers beside a square
 
 // A micro-kernel's rows and vectors of outputs for more rows: 24 of 32 registers are sums.
-constexpr int kMostRows = 12;
+constexpr int kMostRows = kRowsOfGroup;
 constexpr int kVectors = 2;
 
 constexpr int64_t kSquare = 2 * kWidth;  // inputs
@@ -45,19 +46,20 @@ WITH_PAIRS inline Floats add_products(Floats sums, __m512i a, uint32_t b) {
   return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)_mm512_set1_epi32(int32_t(b)));
 }
 
+// In each quarter of four rows: rows[i] = what was lane i of each row
+__attribute__((always_inline)) inline void turn_quarters(__m512i* rows) {
+  const __m512i a = _mm512_unpacklo_epi32(rows[0], rows[1]), b = _mm512_unpackhi_epi32(rows[0], rows[1]);
+  const __m512i c = _mm512_unpacklo_epi32(rows[2], rows[3]), d = _mm512_unpackhi_epi32(rows[2], rows[3]);
+  rows[0] = _mm512_unpacklo_epi64(a, c);
+  rows[1] = _mm512_unpackhi_epi64(a, c);
+  rows[2] = _mm512_unpacklo_epi64(b, d);
+  rows[3] = _mm512_unpackhi_epi64(b, d);
+}
+
 // rows[i] = what was lane i of each row
 inline void transpose(__m512i (&rows)[16]) {
+  UNROLLED for (int i = 0; i < 16; i += 4) turn_quarters(rows + i);
   __m512i t[16];
-  UNROLLED for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-  UNROLLED for (int i = 0; i < 16; i += 4) {
-    rows[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    rows[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    rows[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    rows[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
   UNROLLED for (int i = 0; i < 4; ++i) {
     t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
     t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
@@ -102,6 +104,26 @@ struct Weights {
     transpose(pairs);
   }
 
+  // The same of pair first + i, first 0 or 8, of a square that is whole and not transposed. Loads of half a row do what
+  // a quarter of transpose's shuffles does.
+  __attribute__((always_inline)) void half_square(int first, __m512i (&pairs)[8]) const {
+    const auto half = [&](int row) {
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight + row * row_stride + 2 * first));
+    };
+    __m512i rows[8];
+    UNROLLED for (int i = 0; i < 8; ++i) {
+      __builtin_prefetch(weight + (first + i) * row_stride + ahead, 0, 2);
+      const int row = i < 4 ? i : i + 4;
+      rows[i] = _mm512_mask_broadcast_i64x4(_mm512_castsi256_si512(half(row)), 0xf0, half(row + 4));
+    }
+    turn_quarters(rows);
+    turn_quarters(rows + 4);
+    UNROLLED for (int i = 0; i < 4; ++i) {
+      pairs[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
+      pairs[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
+    }
+  }
+
   // Of transposed weights the k-th row, an output in the low half of each lane.
   __m512i lanes(int64_t k) const {
     const bfloat16* const row = weight + (k < inputs ? k : 0) * row_stride;
@@ -131,17 +153,24 @@ struct Rows {
 
 // ---- few rows -------------------------------------------------------------------------------------------------------
 
-// 16 outputs.
-template <int kRows>
+// 16 outputs. kWhole: all squares are whole and not transposed.
+template <int kRows, bool kWhole>
 WITH_PAIRS __attribute__((noinline)) void multiply(const Weights& weights, const Rows& rows) {
+  constexpr int kAtOnce = kWhole ? 8 : 16;
   Floats sums[kRows];
   UNROLLED for (int r = 0; r < kRows; ++r) sums[r] = splat(0);
   const uint32_t* x = rows.x;
-  for (int64_t k = 0; k < weights.inputs; k += kSquare, x += 16 * kRows) {
-    __m512i pairs[16];
-    weights.from(0, k).square(pairs);
-    UNROLLED for (int i = 0; i < 16; ++i) {
-      UNROLLED for (int r = 0; r < kRows; ++r) sums[r] = add_products(sums[r], pairs[i], x[i * kRows + r]);
+  for (int64_t k = 0; k < weights.inputs; k += kSquare) {
+    UNROLLED for (int first = 0; first < 16; first += kAtOnce, x += kAtOnce * kRows) {
+      __m512i pairs[kAtOnce];
+      if constexpr (kWhole) {
+        weights.from(0, k).half_square(first, pairs);
+      } else {
+        weights.from(0, k).square(pairs);
+      }
+      UNROLLED for (int i = 0; i < kAtOnce; ++i) {
+        UNROLLED for (int r = 0; r < kRows; ++r) sums[r] = add_products(sums[r], pairs[i], x[i * kRows + r]);
+      }
     }
   }
   UNROLLED for (int r = 0; r < kRows; ++r) rows.put(r, 0, weights.outputs, sums[r]);
@@ -152,7 +181,10 @@ void multiply_few(const Weights& weights, const Rows& rows) {
   if constexpr (kRows > 1) {
     if (rows.count < kRows) return multiply_few<kRows - 1>(weights, rows);
   }
-  multiply<kRows>(weights, rows);
+  if (!weights.transposed && weights.outputs >= kWidth && weights.inputs % kSquare == 0) {
+    return multiply<kRows, true>(weights, rows);
+  }
+  multiply<kRows, false>(weights, rows);
 }
 
 // ---- more rows ------------------------------------------------------------------------------------------------------
@@ -231,6 +263,11 @@ WITH_PAIRS void to_pairs(const float* x, int64_t rows, int64_t x_stride, int64_t
       const Floats low = _mm512_maskz_loadu_ps(first_lanes(there), from);
       const Floats high = _mm512_maskz_loadu_ps(first_lanes(there - kWidth), from + kWidth);
       square[i] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    }
+    if (rows == 1) {
+      _mm512_storeu_si512(pairs, square[0]);
+      pairs += 16;
+      continue;
     }
     transpose(square);
     UNROLLED for (int i = 0; i < 16; ++i, pairs += rows) {
