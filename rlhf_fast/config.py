@@ -57,7 +57,7 @@ class TrainerConfig:
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload_optimizer: bool = False  # optimiser state and step on the CPU; needs zero_stage 1, 2 or 3
     offload_param: bool = False  # weights in the CPU's memory, fetched layer by layer; needs zero_stage 3
-    nvme_path: str | None = None  # a folder on a fast disk for the weights of offload_param, instead of memory
+    nvme_path: str | None = None  # a folder on a fast disk: what these two offload goes into files there
     ops_backend: Literal["auto", "reference"] = "auto"  # auto: kernels where there are any; reference: plain PyTorch
 
     # The run

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 from torch import nn
+from torch.utils.serialization import config as serialization
 from transformers import get_scheduler
 
 from rlhf_fast.config import TrainerConfig
@@ -42,6 +43,7 @@ from rlhf_fast.distributed import (
 )
 from rlhf_fast.ema import WeightAverage
 from rlhf_fast.errors import CheckpointError, ConfigError
+from rlhf_fast.on_disk import OptimizerOnDisk, move_weights
 
 __all__ = [
     "Engine",
@@ -108,7 +110,7 @@ class Engine:
         self._max_grad_norm = config.max_grad_norm
         self._skip_grad_norm = config.skip_grad_norm
         self._stage = max(stage, 0 if config.dtype in ("float32", "float64") else 1)
-        self._offloaded = config.offload_optimizer and world.device.type != "cpu"
+        self._offloaded = config.offload_optimizer and memory_apart(world)
         self._layout = {"dtype": config.dtype, "zero_stage": self._stage, "world_size": world.world_size}
         module.train()  # gradient checkpointing acts in this mode only; models/loading.py has set all dropout to 0
         self._trained = [p for p in module.parameters() if p.requires_grad]
@@ -134,6 +136,15 @@ class Engine:
             ) from None
         if config.dtype == "float16":  # skipped steps are counted by who calls step()
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+        self._on_disk: OptimizerOnDisk | None = None
+        if config.offload_param and config.nvme_path is not None:
+            move_weights(self._engine.optimizer, Path(config.nvme_path))
+        if config.offload_optimizer and config.nvme_path is not None:
+            self._on_disk = OptimizerOnDisk(
+                self._engine.basic_optimizer, self._master_weights(), Path(config.nvme_path)
+            )
+            if self._stage < 3:
+                self._engine.optimizer._link_all_hp_params()  # its views of the weights kept the memory that they had
         self._norm: torch.Tensor | None = None  # of the gradient gathered so far, once somebody asked
         unsplit = self._stage == 0 or hasattr(self._engine.optimizer, "fp32_groups_gradients_flat")  # BF16_Optimizer
         if unsplit and world.world_size == 1:
@@ -151,9 +162,8 @@ class Engine:
             "eps": config.adam_epsilon,
         }
         groups = [group for group in groups if group["params"]]
-        if self._offloaded:
-            return self._deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-        # Multi-tensor on a GPU as DeepSpeed's FusedAdam is, without a CUDA toolkit to compile it; vectorised on a CPU.
+        # Multi-tensor on a GPU, as DeepSpeed's FusedAdam; vectorised on a CPU, as its CPUAdam. But it has not to be
+        # compiled, and goes on with the same bits after a resume.
         return torch.optim.AdamW(groups, fused=True, **settings)
 
     def _deepspeed_config(self, config: TrainerConfig) -> dict[str, Any]:
@@ -163,8 +173,8 @@ class Engine:
             zero["stage3_param_persistence_threshold"] = PERSISTENT
         if self._offloaded:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-        if config.offload_param and self._world.device.type != "cpu":
-            zero["offload_param"] = _home_of_weights(config)
+        if config.offload_param and memory_apart(self._world):
+            zero["offload_param"] = {"device": "cpu", "pin_memory": True}
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -173,6 +183,7 @@ class Engine:
             "gradient_clipping": config.max_grad_norm if self._stage else 0.0,  # stage 0: step() clips
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
             "communication_data_type": "fp32",
             "data_types": {"grad_accum_dtype": "fp32"},
             "bf16": {"enabled": config.dtype == "bfloat16", "check_grad_overflow": True},
@@ -250,7 +261,10 @@ class Engine:
         self._norm = None
         if self._stage == 0:
             return StepResult(float(norm), skipped=False)
-        return StepResult(float(self._engine.get_global_grad_norm()), skipped=bool(self._engine.optimizer.overflow))
+        result = StepResult(float(self._engine.get_global_grad_norm()), skipped=bool(self._engine.optimizer.overflow))
+        if result.skipped:
+            self.zero_grad()  # offloading, DeepSpeed would add the next gradient to the one that it has dropped
+        return result
 
     def zero_grad(self) -> None:
         """Forget the gradients gathered since the last step."""
@@ -283,19 +297,15 @@ class Engine:
         return self._norm
 
     def _gradients(self) -> tuple[list[torch.Tensor], bool]:
-        """What this rank holds of the summed gradient before step(), and whether the other ranks hold the rest."""
+        """Tensors with the norm of what this rank holds of the summed gradient before step(), and whether the other
+        ranks hold the rest."""
         optimizer = self._engine.optimizer
         if self._stage == 0:
             return [p.grad for p in self._trained if p.grad is not None], False
         if hasattr(optimizer, "fp32_groups_gradients_flat"):  # BF16_Optimizer
             return optimizer.fp32_groups_gradients_flat, False
         if self._offloaded:
-            parts = (
-                optimizer.fp32_partitioned_groups_flat
-                if self._stage == 3
-                else optimizer.single_partition_of_fp32_groups
-            )
-            return [part.grad for part in parts], True
+            return list(optimizer.norm_for_param_grads.values()), True  # taken before they left for the host
         return [gradient for group in optimizer.averaged_gradients.values() for gradient in group], True
 
     def _master_weights(self) -> Sequence[torch.Tensor]:
@@ -361,7 +371,10 @@ class Engine:
                     f"{folder}: was saved with {field} {layout.get(field)}, this run has {mine}; resume with the same"
                 )
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints
+            with (
+                contextlib.redirect_stdout(io.StringIO()),  # BF16_Optimizer prints
+                serialization.patch("load.mmap", self._on_disk is not None),  # type: ignore[attr-defined]
+            ):
                 path, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not self._frozen)
         except RuntimeError as error:
             if "loading state_dict" not in str(error):
@@ -369,6 +382,8 @@ class Engine:
             raise CheckpointError(f"{folder}: holds another model than the one of this run ({error})") from None
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed found no checkpoint in it")
+        if self._on_disk is not None:
+            self._on_disk.take_in()
         if self._average is not None:
             self._average.load(folder / self._average_file)
 
@@ -413,18 +428,17 @@ def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata
             state.pop(prefix + name, None)
 
 
-def _home_of_weights(config: TrainerConfig) -> dict[str, Any]:
-    if config.nvme_path is None:
-        return {"device": "cpu", "pin_memory": True}
-    return {"device": "nvme", "nvme_path": config.nvme_path, "pin_memory": True}
+def memory_apart(world: World) -> bool:
+    """Whether the device's memory is another than the host's, so that something can be offloaded."""
+    return world.device.type != "cpu"
 
 
 def partition_frozen(module: nn.Module, *, config: TrainerConfig, world: World, offload: bool) -> nn.Module:
-    """A model that is only asked, under ZeRO-3: each rank keeps a part of its weights (offload: in the host's memory,
-    or on disk with config.nvme_path) and has a layer's whole while that runs. All ranks call its forward alike."""
+    """A model that is only asked, under ZeRO-3: each rank keeps a part of its weights (offload: in the host's memory)
+    and has a layer's whole while that runs. All ranks call its forward alike."""
     zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": PERSISTENT}
-    if offload and world.device.type != "cpu":
-        zero["offload_param"] = _home_of_weights(config)
+    if offload and memory_apart(world):
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     engine, *_ = _import_deepspeed(world).initialize(
         model=module,
         config={

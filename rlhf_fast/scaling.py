@@ -142,12 +142,13 @@ def step_cost(shape: Shape, config: PPOConfig, machine: Machine, gpus: int, per_
     share = (gpus - 1) / gpus
     stage = max(config.zero_stage, 1 if config.dtype in ("bfloat16", "float16") else 0)  # the engine's own rule
     gradients = models * shape.parameters * 4 * share  # fp32, reduced and scattered
-    sent = {"gradients": steps * 2 * gradients if stage < 2 else steps * gradients}
+    batches = max(1.0, tokens / config.micro_batch_tokens)
+    passes = config.num_ppo_epochs * max(config.num_mini_batches, batches)  # forward and backward, of a micro-batch
+    sent = {"gradients": steps * 2 * gradients if stage < 2 else passes * gradients}  # DeepSpeed reduces in each pass
     if stage in (1, 2):
         sent["weights after a step"] = steps * models * weights * share
     if stage == 3:
-        batches = max(1.0, tokens / config.micro_batch_tokens)
-        sent["weights, forward and backward"] = config.num_ppo_epochs * batches * 2 * models * weights * share
+        sent["weights, forward and backward"] = passes * 2 * models * weights * share
         sent["weights, frozen forwards"] = batches * frozen * weights * share
         sent["weights for the rollout"] = weights * share
     seconds = {

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Literal
+
 import torch
 from torch import nn
 
 from rlhf_fast.config import Dtype, SFTConfig
 from rlhf_fast.engine import Engine, StepResult, World
+
+Home = Literal["device", "host", "disk"]  # of optimiser and, in ZeRO-3, weights
 
 TOTAL_STEPS = 10
 ROWS = 8  # of one optimiser step, over all micro-batches and ranks
@@ -50,6 +55,14 @@ def engine(
 ) -> Engine:
     settings = config(stage, dtype, **fields)
     return Engine(module or net(), config=settings, world=world, total_steps=TOTAL_STEPS, ema_decay=ema_decay)
+
+
+def offloading(stage: int, home: Home, disk: Path) -> dict[str, object]:
+    """Fields of a configuration. What goes to the host needs engine.memory_apart to be True, which no CPU is."""
+    if home == "device":
+        return {}
+    fields: dict[str, object] = {"offload_optimizer": True, "offload_param": stage == 3}
+    return fields | ({"nvme_path": str(disk)} if home == "disk" else {})
 
 
 def loss(model, rows: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""Run by test_engine.py under torchrun on two ranks, or alone: train, drop a bad step, save, resume, write findings."""
+"""Run by test_engine.py under torchrun on two ranks, or alone: train, drop a bad step, save, resume, write findings.
+
+Arguments: a folder, and the engines as "2-host": ZeRO stage and what is offloaded.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,19 @@ from pathlib import Path
 
 import torch
 
+import rlhf_fast.engine
 from rlhf_fast.checkpoint import latest_checkpoint, save_checkpoint
 from rlhf_fast.engine import any_rank, init_distributed
-from tests.engine_cases import batch, engine, loss, train_step, weights
+from tests.engine_cases import batch, engine, loss, offloading, train_step, weights
 
 
-def main(folder: Path, stages: list[int]) -> None:
+def main(folder: Path, engines: list[str]) -> None:
     world = init_distributed("cpu")
-    for stage in stages:
-        ours = engine(world, stage)
+    rlhf_fast.engine.memory_apart = lambda world: True
+    for name in engines:
+        stage, home = int(name[0]), name[2:]
+        settings = offloading(stage, home, folder / "disk")  # type: ignore[arg-type]
+        ours = engine(world, stage, **settings)
         norms, skipped = [], []
         for step in range(4):
             rows = batch(step).chunk(world.world_size)[world.rank].clone()
@@ -27,10 +34,10 @@ def main(folder: Path, stages: list[int]) -> None:
             norms.append(result.grad_norm)
             skipped.append(result.skipped)
         trained = weights(ours)
-        save_checkpoint(folder / f"checkpoints-{stage}", 3, ours.save, keep=1, world=world)
-        path = latest_checkpoint(folder / f"checkpoints-{stage}")
+        save_checkpoint(folder / f"checkpoints-{name}", 3, ours.save, keep=1, world=world)
+        path = latest_checkpoint(folder / f"checkpoints-{name}")
         assert path is not None
-        other = engine(world, stage)
+        other = engine(world, stage, **settings)
         other.load(path)
         for one in (ours, other):
             rows = batch(4).chunk(world.world_size)[world.rank]
@@ -47,7 +54,7 @@ def main(folder: Path, stages: list[int]) -> None:
             ours.backward(loss(ours, rows).float() + nan * ours.module[3].bias.sum(), last=True)
             findings["seen_by_all"] = not any_rank(ours.gradients_are_finite(), world)
         if world.is_main:
-            torch.save(findings, folder / f"stage-{stage}.pt")
+            torch.save(findings, folder / f"{name}.pt")
 
     if world.world_size == 1:
         ours = engine(world, 1, "bfloat16")  # DeepSpeed is talkative there
@@ -60,8 +67,8 @@ def main(folder: Path, stages: list[int]) -> None:
             if world.rank == 1:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        save_checkpoint(folder / "checkpoints-0", 9, full_disk, keep=1, world=world)
+        save_checkpoint(folder / "checkpoints-0-device", 9, full_disk, keep=1, world=world)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [int(stage) for stage in sys.argv[2:]])
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -16,17 +16,37 @@ from torch import nn
 from rlhf_fast.checkpoint import latest_checkpoint
 from rlhf_fast.engine import World, init_distributed
 from rlhf_fast.errors import CheckpointError, ConfigError
-from tests.engine_cases import batch, engine, learning_rate, loss, net, plain_training, scramble, train_step, weights
+from tests.engine_cases import (
+    Home,
+    batch,
+    engine,
+    learning_rate,
+    loss,
+    net,
+    offloading,
+    plain_training,
+    scramble,
+    train_step,
+    weights,
+)
 
 ROOT = Path(__file__).parents[1]
 STAGES = [0, 1, 2, 3]
-KINDS = [(stage, dtype) for stage in STAGES for dtype in ("float32", "bfloat16")]
-BAD = [(*kind, float("nan")) for kind in KINDS] + [(stage, "float32", float("inf")) for stage in STAGES]
+HOMES: list[tuple[int, Home]] = [(stage, "device") for stage in STAGES]
+HOMES += [(stage, home) for stage in STAGES[1:] for home in ("host", "disk")]
+KINDS = [(*home, dtype) for home in HOMES for dtype in ("float32", "bfloat16")]
+BAD = [(*kind, float("nan")) for kind in KINDS] + [(*home, "float32", float("inf")) for home in HOMES]
 
 
 @pytest.fixture(scope="module")
 def world() -> World:
     return init_distributed("cpu")
+
+
+@pytest.fixture(autouse=True)
+def everything_can_be_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed offloads from a CPU too, from memory to memory, as it does from a GPU."""
+    monkeypatch.setattr("rlhf_fast.engine.memory_apart", lambda world: True)
 
 
 def assert_same(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:
@@ -42,10 +62,12 @@ def assert_close(first: list[torch.Tensor], second: list[torch.Tensor], toleranc
 # ---- the update ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_update_is_plain_adamw_for_any_number_of_micro_batches(world: World, stage: int) -> None:
+@pytest.mark.parametrize(("stage", "home"), HOMES)
+def test_update_is_plain_adamw_for_any_number_of_micro_batches(
+    world: World, tmp_path: Path, stage: int, home: Home
+) -> None:
     expected, norms = plain_training(net(), [0, 1, 2, 3, 4])
-    ours = engine(world, stage)
+    ours = engine(world, stage, **offloading(stage, home, tmp_path))
     for step, sizes in enumerate([[8], [3, 5], [1, 1, 6], [2, 2, 2, 2], [8]]):
         assert ours.learning_rate == pytest.approx(learning_rate(step))
         result = train_step(ours, list(batch(step).split(sizes)))
@@ -138,9 +160,12 @@ def test_frozen_and_tied_weights(world: World, stage: int) -> None:
 # ---- bad steps -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("stage", "dtype", "bad"), BAD)
-def test_a_bad_micro_batch_changes_nothing(world: World, stage: int, dtype: str, bad: float) -> None:
-    ours, never = engine(world, stage, dtype), engine(world, stage, dtype)
+@pytest.mark.parametrize(("stage", "home", "dtype", "bad"), BAD)
+def test_a_bad_micro_batch_changes_nothing(
+    world: World, tmp_path: Path, stage: int, home: Home, dtype: str, bad: float
+) -> None:
+    settings = offloading(stage, home, tmp_path)
+    ours, never = engine(world, stage, dtype, **settings), engine(world, stage, dtype, **settings)
     for one in (ours, never):
         train_step(one, [batch(0)])
         train_step(one, [batch(1)])
@@ -161,9 +186,12 @@ def test_a_bad_micro_batch_changes_nothing(world: World, stage: int, dtype: str,
         assert ours.learning_rate == never.learning_rate
 
 
-@pytest.mark.parametrize(("stage", "dtype"), KINDS)
-def test_zero_grad_forgets_part_of_a_step_and_a_whole_one(world: World, stage: int, dtype: str) -> None:
-    ours, never = engine(world, stage, dtype), engine(world, stage, dtype)
+@pytest.mark.parametrize(("stage", "home", "dtype"), KINDS)
+def test_zero_grad_forgets_part_of_a_step_and_a_whole_one(
+    world: World, tmp_path: Path, stage: int, home: Home, dtype: str
+) -> None:
+    settings = offloading(stage, home, tmp_path)
+    ours, never = engine(world, stage, dtype, **settings), engine(world, stage, dtype, **settings)
     train_step(ours, [batch(0)])
     train_step(never, [batch(0)])
     ours.backward(loss(ours, batch(7)).float(), last=False)
@@ -176,9 +204,12 @@ def test_zero_grad_forgets_part_of_a_step_and_a_whole_one(world: World, stage: i
     assert_same(weights(ours), weights(never))
 
 
-@pytest.mark.parametrize(("stage", "dtype"), KINDS)
-def test_finiteness_can_be_asked_before_the_step(world: World, stage: int, dtype: str) -> None:
-    ours = engine(world, stage, dtype)
+@pytest.mark.parametrize(("stage", "home", "dtype"), KINDS)
+def test_finiteness_can_be_asked_before_the_step(
+    world: World, tmp_path: Path, stage: int, home: Home, dtype: str
+) -> None:
+    settings = offloading(stage, home, tmp_path)
+    ours = engine(world, stage, dtype, **settings)
     spoiled = batch(0)
     spoiled[0, 0] = float("nan")
     for rows, finite in ((spoiled, False), (batch(0), True)):
@@ -187,13 +218,14 @@ def test_finiteness_can_be_asked_before_the_step(world: World, stage: int, dtype
         assert ours.gradients_are_finite() is finite
         if not finite:
             ours.zero_grad()
-    never = engine(world, stage, dtype)
+    never = engine(world, stage, dtype, **settings)
     assert ours.step() == train_step(never, [batch(0)[:4], batch(0)[4:]])
 
 
-@pytest.mark.parametrize(("stage", "dtype"), KINDS)
-def test_a_spike_changes_nothing(world: World, stage: int, dtype: str) -> None:
-    ours, never = engine(world, stage, dtype, skip_grad_norm=100.0), engine(world, stage, dtype)
+@pytest.mark.parametrize(("stage", "home", "dtype"), KINDS)
+def test_a_spike_changes_nothing(world: World, tmp_path: Path, stage: int, home: Home, dtype: str) -> None:
+    settings = offloading(stage, home, tmp_path)
+    ours, never = engine(world, stage, dtype, skip_grad_norm=100.0, **settings), engine(world, stage, dtype, **settings)
     for one in (ours, never):
         assert not train_step(one, [batch(0)]).skipped
     before, rate = weights(ours), ours.learning_rate
@@ -237,15 +269,16 @@ def test_float16_halves_its_loss_scale_instead_of_stopping(world: World, tmp_pat
 # ---- save and load ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("stage", "dtype"), KINDS)
-def test_resume_continues_the_same_bits(world: World, tmp_path: Path, stage: int, dtype: str) -> None:
-    straight = engine(world, stage, dtype)
-    first = engine(world, stage, dtype)
+@pytest.mark.parametrize(("stage", "home", "dtype"), KINDS)
+def test_resume_continues_the_same_bits(world: World, tmp_path: Path, stage: int, home: Home, dtype: str) -> None:
+    settings = offloading(stage, home, tmp_path)
+    straight = engine(world, stage, dtype, **settings)
+    first = engine(world, stage, dtype, **settings)
     for step in range(3):
         train_step(straight, list(batch(step).split(4)))
         train_step(first, list(batch(step).split(4)))
     first.save(tmp_path / "policy")
-    second = engine(world, stage, dtype, module=net().apply(scramble))
+    second = engine(world, stage, dtype, **settings, module=net().apply(scramble))
     second.load(tmp_path / "policy")
     assert_same(weights(second), weights(straight))
     for step in range(3, 6):
@@ -254,11 +287,14 @@ def test_resume_continues_the_same_bits(world: World, tmp_path: Path, stage: int
         assert_same(weights(second), weights(straight))
 
 
-@pytest.mark.parametrize(("stage", "dtype"), KINDS)
-def test_an_engine_that_has_not_stepped_is_saved_too(world: World, tmp_path: Path, stage: int, dtype: str) -> None:
-    first = engine(world, stage, dtype)
+@pytest.mark.parametrize(("stage", "home", "dtype"), KINDS)
+def test_an_engine_that_has_not_stepped_is_saved_too(
+    world: World, tmp_path: Path, stage: int, home: Home, dtype: str
+) -> None:
+    settings = offloading(stage, home, tmp_path)
+    first = engine(world, stage, dtype, **settings)
     first.save(tmp_path / "policy")
-    second = engine(world, stage, dtype, module=net().apply(scramble))
+    second = engine(world, stage, dtype, **settings, module=net().apply(scramble))
     second.load(tmp_path / "policy")
     for step in range(2):
         assert train_step(second, [batch(step)]) == train_step(first, [batch(step)])
@@ -349,25 +385,26 @@ def test_init_distributed_again_is_the_same_world(world: World) -> None:
 # ---- other processes -------------------------------------------------------------------------------------------------
 
 
-def run(launcher: list[str], tmp_path: Path, stages: list[int]) -> subprocess.CompletedProcess[str]:
+def run(launcher: list[str], tmp_path: Path, engines: list[str]) -> subprocess.CompletedProcess[str]:
     launch = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
     environment = {name: value for name, value in os.environ.items() if name not in launch}
     environment |= {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
-    command = [sys.executable, *launcher, "-m", "tests.engine_ranks", str(tmp_path), *map(str, stages)]
+    command = [sys.executable, *launcher, "-m", "tests.engine_ranks", str(tmp_path), *engines]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
 def test_alone_without_launcher_it_is_quiet_and_compiles_nothing(tmp_path: Path) -> None:
-    done = run([], tmp_path, [0, 1])
+    done = run([], tmp_path, ["0-device", "1-host"])
     assert done.returncode == 0, done.stderr
     assert done.stdout + done.stderr == ""
     assert not (tmp_path / "extensions").exists()
 
 
 def test_two_ranks_do_as_one(world: World, tmp_path: Path) -> None:
-    done = run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], tmp_path, STAGES)
-    for stage in STAGES:
-        found = torch.load(tmp_path / f"stage-{stage}.pt", weights_only=True)
+    engines = [f"{stage}-{home}" for stage, home in HOMES]
+    done = run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], tmp_path, engines)
+    for (stage, _), name in zip(HOMES, engines, strict=True):
+        found = torch.load(tmp_path / f"{name}.pt", weights_only=True)
         alone = engine(world, stage)
         for step in (0, 1, 3):  # the ranks dropped step 2: rank 1 alone had a NaN in it
             result = train_step(alone, [batch(step)])
@@ -376,9 +413,9 @@ def test_two_ranks_do_as_one(world: World, tmp_path: Path) -> None:
         assert_close(found["weights"], weights(alone), 1e-6)
         assert found["resumed_is_equal"]
         assert found.get("seen_by_all", True)
-        files = json.loads((tmp_path / f"checkpoints-{stage}" / "step-3" / "manifest.json").read_text())["files"]
+        files = json.loads((tmp_path / f"checkpoints-{name}" / "step-3" / "manifest.json").read_text())["files"]
         assert (stage == 0) != any("pp_rank_1" in name for name in files)  # what rank 1 wrote is in it
     # At the end rank 1 finds its disk full: the launcher ends rank 0, which waits for it; the old checkpoint is whole.
     assert done.returncode != 0
     assert re.search(r"CheckpointError: .*step-9 could not be written or read: No space left", done.stderr)
-    assert latest_checkpoint(tmp_path / "checkpoints-0") == tmp_path / "checkpoints-0" / "step-3"
+    assert latest_checkpoint(tmp_path / "checkpoints-0-device") == tmp_path / "checkpoints-0-device" / "step-3"

@@ -26,6 +26,7 @@ LAYERS = [
         "data",
         "distributed",
         "ema",
+        "on_disk",
         "engine",
         "generation",
         "models",

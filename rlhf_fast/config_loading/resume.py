@@ -36,6 +36,7 @@ MAY_CHANGE: dict[str, str] = {
     "trust_remote_code": "",
     "reward_timeout": "",
     "num_sample_rows": "",
+    "nvme_path": "",
     "offload_ref": "",
     "offload_reward": "",
     "eval_data": NOT_COMPARABLE,
@@ -66,7 +67,7 @@ MAY_NOT_CHANGE: dict[str, str] = {
             """model_name_or_path ref_model_path value_model value_model_path use_peft lora_r lora_alpha lora_dropout
             lora_target_modules use_rslora enable_ema""",
         ),
-        (OTHER_LAYOUT, "dtype zero_stage value_zero_stage offload_optimizer offload_param nvme_path"),
+        (OTHER_LAYOUT, "dtype zero_stage value_zero_stage offload_optimizer offload_param"),
         (
             OTHER_METHOD,
             """learning_rate lr_scheduler_type warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon

@@ -216,8 +216,8 @@ def _common(c: TrainerConfig) -> Iterator[tuple[str, str]]:
             "offload_param",
             "weights are split, and can be fetched layer by layer, in ZeRO-3 only: set zero_stage to 3.",
         )
-    if c.nvme_path is not None and not c.offload_param:
-        yield "nvme_path", "weights alone go there, and only with offload_param: true."
+    if c.nvme_path is not None and not (c.offload_optimizer or c.offload_param):
+        yield "nvme_path", "nothing goes there: set offload_optimizer or offload_param to true, or leave it out."
 
 
 def _ppo(c: PPOConfig) -> Iterator[tuple[str, str]]:

@@ -79,8 +79,8 @@ MISTAKES: list[tuple[type[TrainerConfig], dict[str, Any], str]] = [
     (SFTConfig, {"offload_param": True, "zero_stage": 2}, r"offload_param: .* set zero_stage to 3"),
     (
         SFTConfig,
-        {"nvme_path": "/disk", "zero_stage": 3, "offload_optimizer": True},
-        r"nvme_path: weights alone go there, and only with offload_param: true",
+        {"nvme_path": "/disk", "zero_stage": 3},
+        r"nvme_path: nothing goes there: set offload_optimizer or offload_param",
     ),
     (PPOConfig, {"value_model": "shared", "value_zero_stage": 1}, r"value_zero_stage: a shared value head has no"),
     (
