@@ -141,8 +141,7 @@ def training_peak(passes: Sequence[Pass], *, several: bool) -> float:
 
 def slack(passes: Sequence[Pass]) -> float:
     """What the allocator holds of memory that is free: holes between blocks in use, which later ones do not fill."""
-    bodies = [p.pooled for p in passes]
-    return SLACK * max(bodies, default=0.0)
+    return SLACK * max((p.pooled for p in passes), default=0.0)
 
 
 def frozen_forward(shape: Shape, config: TrainerConfig, batch: MicroBatch, *, on_gpu: bool) -> float:
@@ -170,13 +169,13 @@ def _body(shape: Shape, config: TrainerConfig, tokens: int) -> tuple[float, floa
 
 def _head(shape: Shape, config: TrainerConfig, wanted: int, *, on_gpu: bool) -> tuple[float, float]:
     """(logits and what is cast for them, gradients of the weight and of the states): see models/head.py."""
+    if not wanted:
+        return 0, 0
     width = BYTES[config.dtype]
     full = max(width, 4)  # logits are in fp32 at least
     logits, weight = full * wanted * shape.vocabulary, full * shape.vocabulary * shape.hidden
     trained = shape.trained == shape.parameters
     states = full * wanted * shape.hidden
-    if not wanted:
-        return 0, 0
     gradient = (weight if trained else 0) + states
     if logits <= LOGITS_BYTES:
         cast = weight + states if width < full else 0
