@@ -115,6 +115,7 @@ class PPOConfig(TrainerConfig):
 
     offload_ref: bool = False  # the reference's weights on the CPU except while it is asked
     offload_reward: bool = False  # the same of reward models
+    reward_zero_stage: Literal[0, 3] = 0  # 3: each rank holds a part of a reward model, and all of it while it scores
 
     # Rollout: batch_size completions a step, num_generations for each prompt
     num_generations: int = 1

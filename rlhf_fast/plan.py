@@ -105,6 +105,8 @@ def memory_plan(config: TrainerConfig) -> Plan:
         fetched = 0.0
         if config.offload_reward and on_gpu:  # one at a time is on the GPU
             fetched, rewards = max(rewards.values(), default=0.0), {}
+        elif config.reward_zero_stage == 3 and ranks > 1:  # whole while they score
+            fetched, rewards = sum(rewards.values()), {name: size / ranks for name, size in rewards.items()}
         lines += ppo_lines(shape, config, ranks, critic=critic, reference=reference, fetched=fetched, on_gpu=on_gpu)
         lines += [Line(name, weights=size) for name, size in rewards.items()]
         tokens = {
@@ -140,7 +142,7 @@ def ppo_lines(
     on_gpu: bool,
 ) -> list[Line]:
     """PPO's own models and buffers on one rank. critic, reference: shapes, where they are not the policy's. fetched:
-    the largest reward model that is offloaded. on_gpu: what is offloaded leaves the memory that is counted."""
+    what reward models take only while they score. on_gpu: what is offloaded leaves the memory that is counted."""
     critic, reference = critic or policy, reference or policy
     width = BYTES[config.dtype]
     rows, new = max(1, config.batch_size // ranks), config.max_new_tokens

@@ -29,14 +29,20 @@ def plan_of(model: Path, **fields: object) -> str:
     return str(memory_plan(PPOConfig(model_name_or_path=str(model), train_data="d", **fields)))  # type: ignore[arg-type]
 
 
-def test_a_reward_may_be_any_classifier(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_reward_may_be_any_classifier(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import BertConfig
 
     BertConfig(
         hidden_size=512, num_hidden_layers=8, num_attention_heads=8, architectures=["BertForSequenceClassification"]
     ).save_pretrained(tmp_path / "bert")
-    (line,) = (line for line in plan_of(tiny_llama, reward=str(tmp_path / "bert")).splitlines() if "bert" in line)
-    assert line.split()[2:4] == ["0.20", "GB"]  # 50 million parameters in fp32
+
+    def size(**fields: object) -> list[str]:
+        plan = plan_of(tiny_llama, reward=str(tmp_path / "bert"), **fields)
+        return next(line.split()[2:4] for line in plan.splitlines() if "bert" in line)
+
+    assert size() == ["0.20", "GB"]  # 50 million parameters in fp32
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert size(reward_zero_stage=3) == ["0.05", "GB"]
     (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(ModelError, match="model_type 'vit' has no CausalLM form"):
         plan_of(tmp_path / "bert")

@@ -39,6 +39,7 @@ MAY_CHANGE: dict[str, str] = {
     "nvme_path": "",
     "offload_ref": "",
     "offload_reward": "",
+    "reward_zero_stage": "",
     "eval_data": NOT_COMPARABLE,
     "num_eval_prompts": NOT_COMPARABLE,
     "micro_batch_tokens": NOT_BIT_FOR_BIT,

@@ -165,8 +165,9 @@ def check_paths(config: TrainerConfig) -> None:
                 folders.append(("reward", source))
             elif source.rpartition(":")[0].endswith(".py"):
                 files.append(("reward", source.rpartition(":")[0]))
-        if config.offload_reward and len(folders) == rewards:
-            raise_problems(["offload_reward: none of the rewards is a model's folder, so there is nothing to offload."])
+        for name in ("offload_reward", "reward_zero_stage"):
+            if getattr(config, name) and len(folders) == rewards:
+                raise_problems([f"{name}: none of the rewards is a model's folder, so there are no weights to move."])
     problems = [_missing(name, path, "folder") for name, path in folders if path and not Path(path).is_dir()]
     problems += [_missing(name, path, "file or folder") for name, path in files if not Path(path).exists()]
     if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
@@ -263,6 +264,8 @@ def _ppo(c: PPOConfig) -> Iterator[tuple[str, str]]:
         for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
             if getattr(c, name) and c.value_zero_stage < lowest:
                 yield "value_zero_stage", f"{name} needs at least {lowest} for the value model too."
+    if c.offload_reward and c.reward_zero_stage:
+        yield "reward_zero_stage", "with offload_reward its weights are on the host already: choose one of the two."
     if c.offload_ref and not c.kl_coef:
         yield "offload_ref", "with kl_coef 0 there is no reference to offload: set it to false."
     elif c.offload_ref and c.use_peft and c.ref_model_path is None:

@@ -5,6 +5,7 @@ loading.py   load_tokenizer, load_causal_lm, load_scalar_model, save_model
 head.py      how a model turns hidden states into logits, and that product in fp32 on the wanted tokens only
 modules.py   PolicyModel, ScalarModel, SharedModel
 offload.py   weights of a frozen model in the host's memory except while it is asked
+split.py     weights of a frozen model of which each rank holds a part except while it is asked
 padding_free.py  an attention that lets them read sequences end to end, without padding
 adapters.py  LoRA: adapters added, switched off, saved, merged
 """
@@ -32,6 +33,7 @@ from .modules import (
     set_padding_free,
 )
 from .offload import Loaded, OffloadedWeights, place_frozen
+from .split import SplitWeights
 
 __all__ = [
     "Loaded",
@@ -39,6 +41,7 @@ __all__ = [
     "PolicyModel",
     "ScalarModel",
     "SharedModel",
+    "SplitWeights",
     "adapters_off",
     "add_adapters",
     "check_positions",

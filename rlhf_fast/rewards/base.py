@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 from abc import ABC, abstractmethod
@@ -55,6 +56,11 @@ class Reward(ABC):
         if not rows:
             return RewardScores(torch.zeros(0), {name: torch.zeros(0) for name in self.part_names})
         return self._score(list(prompts), list(completions), {name: list(column) for name, column in columns.items()})
+
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        """To be entered around score() on every rank alike, also by one without rows: a model that is split over the
+        ranks is whole inside."""
+        return contextlib.nullcontext()
 
     @property
     def part_names(self) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,13 @@ class WeightedSum(Reward):
     @property
     def part_names(self) -> list[str]:
         return [name for reward in self.rewards for name in reward.part_names]
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for reward in self.rewards:
+                stack.enter_context(reward.gathered())
+            yield
 
     def _score(self, prompts: list[Prompt], completions: list[str], columns: dict[str, list[Any]]) -> RewardScores:
         total = torch.zeros(len(completions), dtype=torch.float64)

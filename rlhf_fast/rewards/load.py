@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlhf_fast.distributed import World
 from rlhf_fast.errors import RewardError
 
 from .base import Reward
@@ -24,25 +25,29 @@ def load_reward(
     timeout: float = 300.0,
     device: str = "cpu",
     offload: bool = False,
+    split: World | None = None,
     base_dir: str | Path | None = None,
 ) -> Reward:
     """A reward from "file.py:name", "package.module:name", a model folder, an http(s) URL, a callable, or a list.
 
     A list has mappings with source, weight (1) and name: the total is the weighted sum. timeout: seconds for one batch,
-    0 for no limit. device: where a reward model runs; offload: its weights are there only while it does. Relative paths
-    start at base_dir, by default the current directory.
+    0 for no limit. device: where a reward model runs; offload: its weights are there only while it does; split:
+    each rank of that world holds a part of them, and Reward.gathered() is entered around score(). Relative paths start
+    at base_dir, by default the current directory.
 
     Raises ConfigError when the list's form is wrong, RewardError when a source cannot be loaded.
     """
     folder = Path(base_dir) if base_dir is not None else Path.cwd()
     sources = reward_sources(spec)
-    rewards = [_load(source, timeout if timeout > 0 else None, device, offload, folder) for source in sources]
+    rewards = [_load(source, timeout if timeout > 0 else None, device, offload, split, folder) for source in sources]
     if len(rewards) == 1 and sources[0].weight == 1:
         return rewards[0]
     return WeightedSum(rewards, [source.weight for source in sources])
 
 
-def _load(entry: RewardSource, timeout: float | None, device: str, offload: bool, folder: Path) -> Reward:
+def _load(
+    entry: RewardSource, timeout: float | None, device: str, offload: bool, split: World | None, folder: Path
+) -> Reward:
     source = entry.source
     if not isinstance(source, str):
         return FunctionReward(source, name=entry.name, timeout=timeout)
@@ -50,7 +55,7 @@ def _load(entry: RewardSource, timeout: float | None, device: str, offload: bool
         return HTTPReward(source, name=entry.name, timeout=timeout)
     path = folder / Path(source).expanduser()
     if path.is_dir():
-        return ModelReward(path, name=entry.name, device=device, offload=offload)
+        return ModelReward(path, name=entry.name, device=device, offload=offload, split=split)
     if ":" in source:
         function, file = find_function(source, folder)
         return FunctionReward(function, name=entry.name, label=source, file=file, timeout=timeout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast.distributed import World
 from rlhf_fast.errors import ModelError, RewardError, RLHFFastError
 
 from .base import Prompt, Reward, RewardScores, checked_scores, describe_row
@@ -21,7 +23,8 @@ class ModelReward(Reward):
     The text goes through the reward model's own tokenizer and chat template, so it may be another family than the
     policy. A model whose tokenizer has a [CLS] token (BERT, DeBERTa) gets the pair (prompt, completion) as that
     tokenizer joins it, and pools as it was trained to. token_budget: rows x longest row of one forward.
-    offload: its weights are on the device only while it scores.
+    offload: its weights are on the device only while it scores. split: each rank of that world holds a part of them,
+    and gathered() is entered around score().
     """
 
     def __init__(
@@ -31,10 +34,11 @@ class ModelReward(Reward):
         name: str | None = None,
         device: str = "cpu",
         offload: bool = False,
+        split: World | None = None,
         token_budget: int = 16384,
     ) -> None:
         from rlhf_fast.data import ChatFormat
-        from rlhf_fast.models import load_scalar_model, load_tokenizer, place_frozen
+        from rlhf_fast.models import SplitWeights, load_scalar_model, load_tokenizer, place_frozen
 
         folder = Path(folder)
         self.name, self.label = name or folder.name, f"reward model {folder}"
@@ -46,11 +50,15 @@ class ModelReward(Reward):
             self.model = load_scalar_model(folder, dtype="float32").eval()
         except ModelError as error:
             raise RewardError(f"{self.label}: {error}") from error
-        self.loaded = place_frozen(self.model, self.device, offload=offload)
+        self.split = SplitWeights(self.model, split) if split else None
+        self.loaded = contextlib.nullcontext if split else place_frozen(self.model, self.device, offload=offload)
         self.chat = ChatFormat(self.tokenizer, system_prompt=getattr(self.model.config, "system_prompt", None))
         config: Any = self.model.config.get_text_config()
         self.max_tokens = getattr(config, "max_position_embeddings", None)
         self.vocab_size = config.vocab_size
+
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        return self.split.gathered() if self.split else contextlib.nullcontext()
 
     def _score(self, prompts: list[Prompt], completions: list[str], columns: dict[str, list[Any]]) -> RewardScores:
         from rlhf_fast.data import token_budget_batches

@@ -94,7 +94,7 @@ def sample(
 def score(
     reward: Reward, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[PromptExample], rollout: Rollout
 ) -> Scored:
-    """Ask the rewards for one number a completion. Raises RewardError."""
+    """Ask the rewards for one number a completion. Every rank calls it. Raises RewardError."""
     samples = len(rollout.prompt_ids) // max(len(prompts), 1)
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     completions = [
@@ -103,7 +103,8 @@ def score(
     ]
     names = sorted({name for prompt in repeated for name in prompt.columns})
     columns = {name: [prompt.columns.get(name) for prompt in repeated] for name in names}
-    scores = reward.score([prompt.prompt for prompt in repeated], completions, **columns)
+    with reward.gathered():
+        scores = reward.score([prompt.prompt for prompt in repeated], completions, **columns)
     return Scored(repeated, rollout, completions, scores)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import rlhf_fast.engine
 from rlhf_fast.config import SFTConfig
 from rlhf_fast.engine import Engine, World, init_distributed
-from rlhf_fast.models import PolicyModel, ScalarModel, SharedModel, head, set_gradient_checkpointing
+from rlhf_fast.models import PolicyModel, ScalarModel, SharedModel, SplitWeights, head, set_gradient_checkpointing
 from tests.families import VOCABULARY, tiny_config, tiny_model
 
 ROWS, LENGTH = 4, 10
@@ -74,6 +74,19 @@ def check(make: Callable[[], nn.Module], world: World, *, checkpointing: bool, l
         torch.testing.assert_close(engine.step().grad_norm, float(norm), rtol=1e-5, atol=0)
 
 
+def check_split(world: World) -> None:
+    """A frozen model that is split over the ranks: nothing of it outside, all of it inside, asked unequally often."""
+    plain, model = tiny_model("llama"), tiny_model("llama")
+    row = torch.arange(2, 2 + LENGTH)[None]
+    split = SplitWeights(model, world)
+    assert sum(p.untyped_storage().nbytes() for p in model.parameters()) == 0
+    for _ in range(2):
+        with split.gathered(), torch.inference_mode():
+            for _ in range(world.rank):
+                assert torch.equal(model(row).logits, plain(row).logits)
+        assert sum(p.untyped_storage().nbytes() for p in model.parameters()) == 0
+
+
 def check_memory(engine: Engine, plain: nn.Module) -> None:
     """Whole weights while they are gathered, and none of them afterwards."""
     assert held(engine) == 0
@@ -91,6 +104,8 @@ def held(engine: Engine) -> int:
 if __name__ == "__main__":
     rlhf_fast.engine.PERSISTENT = 0  # else all of these small weights stay whole, and nothing is tried
     ranks = init_distributed("cpu")
+    if ranks.world_size > 1:
+        check_split(ranks)
     check(tied, ranks, checkpointing=True, logits_bytes=0)
     check(shared, ranks, checkpointing=False, logits_bytes=2**30)
     check(shared, ranks, checkpointing=True, logits_bytes=0)

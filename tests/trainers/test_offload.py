@@ -101,6 +101,8 @@ def test_ppo_with_all_of_zero_3_elsewhere(
         ({"offload_ref": True, "kl_coef": 0.0}, "offload_ref: with kl_coef 0 there is no reference"),
         ({"offload_ref": True, "use_peft": True}, "offload_ref: the reference is the policy with its adapters off"),
         ({"offload_reward": True}, "offload_reward: none of the rewards is a model's folder"),
+        ({"reward_zero_stage": 3}, "reward_zero_stage: none of the rewards is a model's folder"),
+        ({"reward_zero_stage": 3, "offload_reward": True}, "reward_zero_stage: with offload_reward its weights are on"),
     ],
     ids=lambda value: "" if isinstance(value, str) else str(value),
 )

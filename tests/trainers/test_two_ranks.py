@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from .conftest import COUNT_A, ppo_settings, read_metrics, write_jsonl
+from rlhf_fast.models import load_scalar_model, load_tokenizer, save_model
+
+from .conftest import COUNT_A, ppo_settings, read_metrics, repeatable_metrics, write_jsonl
 
 
 def run_on(ranks: int, command: str, config: dict[str, object], output_dir: Path) -> list[dict[str, float]]:
@@ -72,6 +75,22 @@ def test_ppo_with_nothing_to_evaluate_on_one_rank(letters_model: Path, tmp_path:
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["rollout/logprob_drift_max"] < 1e-4 for row in rows)
     assert rows[0]["policy/clipfrac_avg"] < 0.5
+
+
+def test_a_reward_model_that_is_split_gives_the_same_scores(letters_model: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    judge = load_scalar_model(letters_model, dtype="float32")
+    torch.nn.init.normal_(judge.score.weight)
+    save_model(judge, load_tokenizer(letters_model), tmp_path / "judge")
+    reward = [{"source": COUNT_A, "weight": 0.5}, {"source": str(tmp_path / "judge"), "name": "judge"}]
+    config = ppo_settings(letters_model, tmp_path, reward=reward, eval_data=str(tmp_path / "eval.jsonl"), max_steps=2)
+    write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "x"}])  # one rank has nothing to score in an evaluation
+    run_on(2, "ppo", config, tmp_path / "whole")
+    run_on(2, "ppo", config | {"reward_zero_stage": 3}, tmp_path / "split")
+    whole, split = (repeatable_metrics(tmp_path / name) for name in ("whole", "split"))
+    assert "rewards/judge" in whole[0]
+    for mine, theirs in zip(split, whole, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
 
 
 FAILS_ON_ONE_RANK = """
