@@ -1,9 +1,8 @@
 """Offloaded weights, and what an optimiser keeps for each weight, in files that are mapped into memory.
 
 The system keeps in memory what there is room for and writes the rest out, so nothing else changes: the same optimiser
-makes the same step on the same tensors. DeepSpeed's own way to a disk (ZeRO-Infinity, 0.19.8) is not taken: it reads
-gradients back to addresses that direct I/O refuses where a weight does not begin on a block of the disk, without a
-word; its checkpoints leave the moments and the count of steps behind; and it cannot gather more than five weights.
+makes the same step on the same tensors. DeepSpeed's own way to a disk (ZeRO-Infinity, 0.19.8) is not taken: tried, it
+made steps with wrong gradients, without a word, and went on from other weights after a resume (docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -69,8 +68,9 @@ def zeros_on_disk(like: Tensor, folder: Path) -> Tensor:
     process ends, in whatever way. Raises ConfigError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, like.nbytes)  # a full disk says so now, and not in a page fault
-            return torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
+            name = f"/proc/self/fd/{file.fileno()}"
+            return torch.from_file(name, shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
     except OSError as error:
         raise ConfigError(f"nvme_path: no {like.nbytes} bytes to be had in {folder} ({error.strerror})") from None

@@ -50,8 +50,8 @@ class ModelReward(Reward):
             self.model = load_scalar_model(folder, dtype="float32").eval()
         except ModelError as error:
             raise RewardError(f"{self.label}: {error}") from error
-        self.split = SplitWeights(self.model, split) if split else None
-        self.loaded = contextlib.nullcontext if split else place_frozen(self.model, self.device, offload=offload)
+        self.split = SplitWeights(self.model, split) if split and split.world_size > 1 else None
+        self.loaded = contextlib.nullcontext if self.split else place_frozen(self.model, self.device, offload=offload)
         self.chat = ChatFormat(self.tokenizer, system_prompt=getattr(self.model.config, "system_prompt", None))
         config: Any = self.model.config.get_text_config()
         self.max_tokens = getattr(config, "max_position_embeddings", None)

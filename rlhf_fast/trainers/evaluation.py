@@ -42,7 +42,11 @@ def evaluate_policy(config: PPOConfig, model_path: str) -> dict[str, float]:
         ops_backend=config.ops_backend,
     )
     reward = load_reward(
-        config.reward, timeout=config.reward_timeout, device=str(world.device), offload=config.offload_reward
+        config.reward,
+        timeout=config.reward_timeout,
+        device=str(world.device),
+        offload=config.offload_reward,
+        split=world if config.reward_zero_stage == 3 else None,
     )
     mine = prompts[: config.num_eval_prompts][world.rank :: world.world_size]
     rollout = sample(generator, mine, config, chat=chat, step=0, world=world)

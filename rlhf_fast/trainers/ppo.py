@@ -68,7 +68,7 @@ class PPOTrainer:
             timeout=config.reward_timeout,
             device=str(self.world.device),
             offload=config.offload_reward,
-            split=self.world if config.reward_zero_stage == 3 and self.world.world_size > 1 else None,
+            split=self.world if config.reward_zero_stage == 3 else None,
         )
         prompts_per_step = config.batch_size // config.num_generations
         self.total_steps = count_steps(config, len(self.train_prompts), prompts_per_step)

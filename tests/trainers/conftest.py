@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_fast.models import load_scalar_model, load_tokenizer, save_model
+
 LETTERS = "abcdefxy"
 
 
@@ -86,3 +88,14 @@ def repeatable_metrics(folder: Path) -> list[dict[str, float]]:
 def letters_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a policy over ten letters."""
     return save_letters_model(tmp_path_factory.mktemp("letters") / "model")
+
+
+@pytest.fixture(scope="session")
+def reward_model(letters_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a reward model that reads those letters, with a random head."""
+    torch.manual_seed(1)
+    model = load_scalar_model(letters_model, dtype="float32")
+    torch.nn.init.normal_(model.score.weight)
+    folder = tmp_path_factory.mktemp("reward") / "judge"
+    save_model(model, load_tokenizer(letters_model), folder)
+    return folder

@@ -11,23 +11,13 @@ from safetensors.torch import load_file
 
 from rlhf_fast import PPOConfig, PPOTrainer
 from rlhf_fast.errors import ConfigError
-from rlhf_fast.models import OffloadedWeights, load_scalar_model, load_tokenizer, save_model
+from rlhf_fast.models import OffloadedWeights
 from rlhf_fast.rewards import ModelReward
 from tests.engine_cases import offloading
 
 from .conftest import ppo_settings, repeatable_metrics
 
 OFFLOAD = {"offload_ref": True, "offload_reward": True}
-
-
-@pytest.fixture(scope="module")
-def reward_model(letters_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(1)
-    model = load_scalar_model(letters_model, dtype="float32")
-    torch.nn.init.normal_(model.score.weight)
-    folder = tmp_path_factory.mktemp("reward") / "judge"
-    save_model(model, load_tokenizer(letters_model), folder)
-    return folder
 
 
 def make_trainer(model: Path, folder: Path, **fields: Any) -> PPOTrainer:

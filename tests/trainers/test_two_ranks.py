@@ -8,11 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from transformers import AutoModelForCausalLM
-
-from rlhf_fast.models import load_scalar_model, load_tokenizer, save_model
 
 from .conftest import COUNT_A, ppo_settings, read_metrics, repeatable_metrics, write_jsonl
 
@@ -77,12 +74,10 @@ def test_ppo_with_nothing_to_evaluate_on_one_rank(letters_model: Path, tmp_path:
     assert rows[0]["policy/clipfrac_avg"] < 0.5
 
 
-def test_a_reward_model_that_is_split_gives_the_same_scores(letters_model: Path, tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    judge = load_scalar_model(letters_model, dtype="float32")
-    torch.nn.init.normal_(judge.score.weight)
-    save_model(judge, load_tokenizer(letters_model), tmp_path / "judge")
-    reward = [{"source": COUNT_A, "weight": 0.5}, {"source": str(tmp_path / "judge"), "name": "judge"}]
+def test_a_reward_model_that_is_split_gives_the_same_scores(
+    letters_model: Path, reward_model: Path, tmp_path: Path
+) -> None:
+    reward = [{"source": COUNT_A, "weight": 0.5}, {"source": str(reward_model), "name": "judge"}]
     config = ppo_settings(letters_model, tmp_path, reward=reward, eval_data=str(tmp_path / "eval.jsonl"), max_steps=2)
     write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "x"}])  # one rank has nothing to score in an evaluation
     run_on(2, "ppo", config, tmp_path / "whole")
