@@ -25,7 +25,7 @@ class OptimizerOnDisk:
     """Master weights and moments in files.
 
     Args:
-        optimizer: torch's AdamW, that has made no step.
+        optimizer: torch's AdamW.
         weights: the tensors that it changes, on the CPU. Their data moves into files.
         folder: on the disk; it is made if it is not there.
     Raises:
@@ -36,20 +36,21 @@ class OptimizerOnDisk:
         self._optimizer = optimizer
         self._weights = weights
         self._files = [{name: zeros_on_disk(weight, folder) for name in ("weight", *MOMENTS)} for weight in weights]
-        for weight, files in zip(weights, self._files, strict=True):
-            optimizer.state[weight] = {"step": torch.zeros(()), **{name: files[name] for name in MOMENTS}}
         self.take_in()
 
     @torch.no_grad()
     def take_in(self) -> None:
         """Move weights and moments into the files, from wherever they are: a loaded checkpoint brings tensors of its
-        own."""
+        own, and before the first step no moments at all."""
         for weight, files in zip(self._weights, self._files, strict=True):
             state = self._optimizer.state[weight]
+            state.setdefault("step", torch.zeros(()))
             for name in MOMENTS:
-                if state[name] is not files[name]:
+                if name not in state:
+                    files[name].zero_()
+                elif state[name] is not files[name]:
                     files[name].copy_(state[name])
-                    state[name] = files[name]
+                state[name] = files[name]
             if weight.data_ptr() != files["weight"].data_ptr():
                 files["weight"].copy_(weight)
                 weight.data = files["weight"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_fast.engine import Engine, init_distributed
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.on_disk import zeros_on_disk
-from tests.engine_cases import batch, engine, offloading, train_step
+from tests.engine_cases import Home, batch, engine, offloading, train_step, weights
 
 
 def is_in_a_file(tensor: Tensor, folder: Path) -> bool:
@@ -46,6 +46,25 @@ def test_what_is_offloaded_is_in_files_also_after_a_resume(
     for ours in (first, second):
         assert all(is_in_a_file(tensor, disk) for tensor in kept(ours, stage))
     assert not list(disk.iterdir())  # no name is left: a run that is killed leaves nothing
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize(("before", "after"), [("host", "disk"), ("disk", "host")])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_resume_may_move_to_the_disk_and_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, before: Home, after: Home, steps: int
+) -> None:
+    monkeypatch.setattr("rlhf_fast.engine.memory_apart", lambda world: True)
+    world = init_distributed("cpu")
+    first, second = (engine(world, stage, "bfloat16", **offloading(stage, home, tmp_path)) for home in (before, after))
+    for step in range(steps):
+        train_step(first, [batch(step)])
+    first.save(tmp_path / "policy")
+    second.load(tmp_path / "policy")
+    for step in range(steps, 4):
+        assert train_step(first, [batch(step)]) == train_step(second, [batch(step)])
+    for mine, theirs in zip(weights(second), weights(first), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_no_room_is_said_at_once(tmp_path: Path) -> None:
